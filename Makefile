@@ -1,0 +1,32 @@
+# Two commands do all the set-up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# A torch that is installed already (for this machine's GPU, say) is respected, not replaced.
+HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch') and 1 or '')" 2>/dev/null)
+SITE := $(if $(HAS_TORCH),--system-site-packages,)
+PINS := $(VENV)/constraints.txt
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
+	$(BIN)/lora-dpo quickstart
+
+test: $(VENV)/.installed-test  ## lint, types and all tests
+	scripts/check $(BIN)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(SITE) $(VENV)
+	$(if $(HAS_TORCH),grep -v '^torch==',cat) constraints.txt > $(PINS)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) quickstart-run .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,81 @@
+"""Preference tuning of 4-bit models with LoRA on one GPU: the DPO family, right by default.
+
+Names load on first use, so that ``import lora_dpo`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_dpo import objectives
+    from lora_dpo.config import Config
+    from lora_dpo.data import load_preferences, tokenise
+    from lora_dpo.errors import LoraDpoError
+    from lora_dpo.evaluation import evaluate_pairs
+    from lora_dpo.exporting import export_adapter, export_merged
+    from lora_dpo.forward import completion_logps, pair_stats
+    from lora_dpo.generation import generate_side_by_side
+    from lora_dpo.policy import load_policy, reference
+    from lora_dpo.run import Run, evaluate, export, generate, train
+    from lora_dpo.stats import PairStats
+    from lora_dpo.trainer import PreferenceTrainer
+
+_HOME = {
+    "Config": "config",
+    "LoraDpoError": "errors",
+    "PairStats": "stats",
+    "PreferenceTrainer": "trainer",
+    "Run": "run",
+    "completion_logps": "forward",
+    "evaluate": "run",
+    "evaluate_pairs": "evaluation",
+    "export": "run",
+    "export_adapter": "exporting",
+    "export_merged": "exporting",
+    "generate": "run",
+    "generate_side_by_side": "generation",
+    "load_policy": "policy",
+    "load_preferences": "data",
+    "objectives": "objectives",
+    "pair_stats": "forward",
+    "reference": "policy",
+    "tokenise": "data",
+    "train": "run",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "LoraDpoError",
+    "PairStats",
+    "PreferenceTrainer",
+    "Run",
+    "completion_logps",
+    "evaluate",
+    "evaluate_pairs",
+    "export",
+    "export_adapter",
+    "export_merged",
+    "generate",
+    "generate_side_by_side",
+    "load_policy",
+    "load_preferences",
+    "objectives",
+    "pair_stats",
+    "reference",
+    "tokenise",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_dpo' has no attribute {name!r}")
+    module = import_module(f"lora_dpo.{_HOME[name]}")
+    return module if name == "objectives" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

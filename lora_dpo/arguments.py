@@ -1,0 +1,206 @@
+"""The ``train`` section: any field of ``transformers.TrainingArguments``, checked, with our defaults.
+
+``per_device_train_batch_size`` is the rows of a micro-batch and its product with
+``gradient_accumulation_steps`` the rows of an optimiser step, as users know them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_dpo.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Fields of TrainingArguments that would be ignored here, or would change the mathematics unseen.
+REFUSED = {
+    "output_dir": "set output.dir",
+    "overwrite_output_dir": "a run never overwrites another; choose another output.dir",
+    "bf16": "set model.compute_dtype: bfloat16",
+    "fp16": "set model.compute_dtype: float16",
+    "bf16_full_eval": "evaluation uses model.compute_dtype",
+    "fp16_full_eval": "evaluation uses model.compute_dtype",
+    "label_smoothing_factor": "it smooths token labels, which preferences lack; set objective.label_smoothing",
+    "label_names": "a batch of preferences has no labels",
+    "remove_unused_columns": "the columns of a row are fixed by the tokenisation",
+    "prediction_loss_only": "metrics are always computed",
+    "batch_eval_metrics": "metrics are computed over the whole evaluation",
+    "include_for_metrics": "metrics are computed from log-probs alone",
+    "auto_find_batch_size": "it would change the rows of a step; set per_device_train_batch_size",
+    "logging_nan_inf_filter": "a loss that is not a number always stops the run",
+    "use_cache": "training uses no cache",
+    "use_liger_kernel": "it replaces layers of the reference too, without a check; not supported",
+    "neftune_noise_alpha": "noise in the policy alone moves the log-ratio; not supported",
+    "train_sampling_strategy": "rows are shuffled with train.seed",
+    "length_column_name": "rows are shuffled with train.seed",
+    "include_num_input_tokens_seen": "tokens per second are always logged",
+    "resume_from_checkpoint": "give --resume to the command, or resume=True to train()",
+    "restore_callback_states_from_checkpoint": "a resumed run restores all it needs",
+    "ignore_data_skip": "a resumed run continues with the rows that it has not seen",
+    "do_train": "the command says what is done",
+    "do_eval": "the command says what is done",
+    "do_predict": "the command says what is done",
+    "local_rank": "set by the launcher",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C always save a checkpoint",
+}
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+    "save_total_limit": 3,
+    "gradient_checkpointing": True,
+    "seed": 0,
+    "report_to": "none",
+}
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "save_total_limit": 1,
+}
+_ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+
+
+def argument_problems(values: Mapping[str, Any], ours: set[str]) -> list[str]:
+    """Return a sentence for every key of the ``train`` section that cannot stand.
+
+    Args:
+        values: the section without our own keys.
+        ours: our own keys, which a typing error may have meant.
+    """
+    problems = []
+    known = _field_types()
+    for key, value in values.items():
+        if key in REFUSED:
+            problems.append(f"train.{key}: not a setting here; {REFUSED[key]}.")
+        elif key not in known:
+            legal = (set(known) - set(REFUSED)) | ours
+            problems.append(
+                f"train.{key}: unknown key; expected {', '.join(sorted(ours))} or a field of "
+                f"transformers.TrainingArguments.{nearest(key, legal)}"
+            )
+        else:
+            problems += _value_problems(key, value, known[key])
+    return problems
+
+
+def build_arguments(
+    values: Mapping[str, Any], *, output_dir: str, evaluates: bool
+) -> TrainingArguments:
+    """Return ``TrainingArguments`` with our defaults under the given values.
+
+    Args:
+        values: the ``train`` section without our own keys.
+        output_dir: folder of the run.
+        evaluates: whether there are held-out rows; without them nothing asks for an evaluation.
+
+    Raises:
+        ConfigError: values that are legal one by one but not together.
+    """
+    from transformers import TrainingArguments
+
+    strategy = "steps" if evaluates else "no"
+    known = _field_types()
+    values = {key: _converted(value, known[key]) for key, value in values.items()}
+    merged = {**DEFAULTS, "eval_strategy": strategy, **values}
+    if not evaluates and str(merged["eval_strategy"]) != "no":
+        raise ConfigError(
+            f"train.eval_strategy: got {merged['eval_strategy']!r}, but there are no held-out rows; "
+            "set data.eval or data.eval_fraction."
+        )
+    if evaluates and merged["eval_strategy"] != "no":
+        merged.setdefault("metric_for_best_model", "eval_loss")
+        merged.setdefault("greater_is_better", "loss" not in str(merged["metric_for_best_model"]))
+    if merged["eval_strategy"] != "steps":
+        merged["eval_steps"] = values.get("eval_steps")
+    fields = {key: merged[key] for key in merged if key not in _CHECKPOINTING}
+    fields.update(checkpointing_fields(merged))
+    try:
+        return TrainingArguments(output_dir=output_dir, **fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())}") from None
+
+
+def checkpointing_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return activation checkpointing under the name that the installed transformers has."""
+    asked = values.get("activation_checkpointing", values.get("gradient_checkpointing"))
+    options = values.get(
+        "activation_checkpointing_kwargs", values.get("gradient_checkpointing_kwargs")
+    )
+    new = "activation_checkpointing" in _field_types_of_installed()
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: bool(asked), f"{name}_kwargs": {"use_reentrant": False, **(options or {})}}
+
+
+_CHECKPOINTING = {
+    f"{name}{suffix}"
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    for suffix in ("", "_kwargs")
+}
+
+
+@lru_cache(maxsize=1)
+def _field_types_of_installed() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def _field_types() -> dict[str, Any]:
+    return {
+        **_field_types_of_installed(),
+        "gradient_checkpointing": bool,
+        "gradient_checkpointing_kwargs": dict[str, Any] | None,
+    }
+
+
+def _value_problems(key: str, value: Any, annotation: Any) -> list[str]:
+    where = f"train.{key}: got {value!r}"
+    try:
+        checked = _converted(value, annotation)
+    except ValidationError as error:
+        messages = dict.fromkeys(problem["msg"] for problem in error.errors())
+        return [f"{where}; {' or '.join(m[0].lower() + m[1:] for m in messages)}."]
+    if key in _AT_LEAST and checked < _AT_LEAST[key]:
+        return [f"{where}; expected at least {_AT_LEAST[key]}."]
+    if key in _ABOVE_ZERO and checked is not None and checked <= 0:
+        return [f"{where}; expected a number above 0."]
+    return []
+
+
+def _converted(value: Any, annotation: Any) -> Any:
+    """Return the value in its field's type: YAML reads 1e-4 as text, for one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # schemas of foreign types; the verdict is what counts
+        return TypeAdapter(_narrowed(annotation), config=_ADAPTER).validate_python(value)
+
+
+def _narrowed(annotation: Any) -> Any:
+    """Return the enumeration of a field typed ``Enumeration | str``, whose other strings fail later."""
+    enums = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Enum)]
+    return enums[0] if len(enums) == 1 else annotation
+
+
+_ADAPTER: Any = {"arbitrary_types_allowed": True}

@@ -1,0 +1,177 @@
+"""What watches a run: one line a log step, ``metrics.jsonl``, stopping in order, weights that rest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+
+logger = logging.getLogger("lora_dpo")
+
+
+class ConsoleCallback(ProgressCallback):
+    """The library's progress bar on a terminal; elsewhere one plain line a log step."""
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Show a bar only where it can be redrawn."""
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, *rest, **kw)
+
+    def on_step_end(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, *rest, **kw)
+
+    def on_prediction_step(self, *args: Any, **kw: Any) -> None:
+        """Move the evaluation's bar."""
+        if sys.stderr.isatty():
+            super().on_prediction_step(*args, **kw)
+
+    def on_train_end(self, *args: Any, **kw: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(*args, **kw)
+
+    def on_log(  # type: ignore[override]
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kw: Any,
+    ) -> None:
+        """Print the few numbers that tell whether it goes well."""
+        line = _line(state, logs or {})
+        if line and state.is_world_process_zero:
+            if self.training_bar is not None:
+                self.training_bar.write(line)
+            else:
+                print(line, flush=True)
+
+
+_SHOWN = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "logratios/chosen": "chosen vs reference",
+    "logratios/rejected": "rejected vs reference",
+    "grad_norm": "grad",
+    "learning_rate": "lr",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def _line(state: TrainerState, logs: dict[str, float]) -> str:
+    prefix = "eval_" if "eval_loss" in logs else ""
+    if f"{prefix}loss" not in logs:
+        return ""
+    parts = [f"{shown} {logs[prefix + key]:.4g}" for key, shown in _SHOWN.items() if prefix + key in logs]
+    head = f"step {state.global_step}/{state.max_steps}"
+    return f"{head} {'held-out ' if prefix else ''}" + "  ".join(parts)
+
+
+class JsonlCallback(TrainerCallback):
+    """Every log line as JSON in ``metrics.jsonl``, in step with the checkpoint after a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Write what the resumed checkpoint had logged; the rest of an older file never happened."""
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
+            self.path.write_text(text, encoding="utf-8")
+
+    def on_log(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Append the newest line."""
+        if state.is_world_process_zero and state.log_history:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class StopCallback(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end. A second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> TrainerControl:
+        """Ask for the checkpoint and the end."""
+        if self.signal is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the two signals inside the block (in the main thread, where Python delivers them)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            print("stopping: the step is finished and a checkpoint saved first", file=sys.stderr)
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class MovementCallback(TrainerCallback):
+    """Warn when adapter weights do not move: a learning rate too small for their dtype, mostly."""
+
+    SAMPLE = 65_536
+    STEPS = 10
+
+    def __init__(self) -> None:
+        self.start: torch.Tensor | None = None
+        self.begin = 0
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        """Keep a sample of the trained weights."""
+        self.start, self.begin = self._sample(kw["model"]), state.global_step
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        """Compare once, some steps later."""
+        if self.start is None or state.global_step < self.begin + self.STEPS:
+            return
+        moved = float((self._sample(kw["model"]) != self.start).double().mean())
+        self.start = None
+        if moved < 0.5:
+            logger.warning(
+                "only %.0f %% of the adapter weights have moved in %d steps; raise "
+                "train.learning_rate (now %g), which suits LoRA from about 2e-5 on.",
+                100 * moved,
+                self.STEPS,
+                args.learning_rate,
+            )
+
+    def _sample(self, model: torch.nn.Module) -> torch.Tensor:
+        trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+        each = max(self.SAMPLE // max(len(trained), 1), 1)
+        return torch.cat([p[:: max(p.numel() // each, 1)][:each].clone() for p in trained])

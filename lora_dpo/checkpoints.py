@@ -1,0 +1,66 @@
+"""Checkpoints that are whole or not taken: a manifest is written last and checked first."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.errors import OutputError
+from lora_dpo.store import MANIFEST, read_manifest, write_manifest
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the finished checkpoints of a run, oldest first (by step, not by date)."""
+    return sorted(
+        (p for p in run.glob("checkpoint-*") if _step(p) >= 0 and (p / MANIFEST).is_file()), key=_step
+    )
+
+
+def seal_checkpoint(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark a checkpoint as whole: the last thing that is written to it."""
+    write_manifest(folder, facts)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of a checkpoint that was never sealed."""
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder)
+
+
+def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return the newest checkpoint whose files are what was written, its facts, and what was not.
+
+    Raises:
+        OutputError: the run has no whole checkpoint.
+    """
+    damaged = []
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            return folder, read_manifest(folder), damaged
+        except OutputError as error:
+            damaged.append(str(error))
+    found = "; ".join(damaged) or "no finished checkpoint-N folder"
+    raise OutputError(
+        f"{run}: nothing to resume from ({found}). Start the run afresh in another output.dir."
+    )
+
+
+def rotate(run: Path, *, keep: int | None, best: Path | None) -> None:
+    """Delete the oldest finished checkpoints beyond ``keep``, never the best nor the newest one."""
+    if keep is None:
+        return
+    folders = list_checkpoints(run)
+    protected = {folders[-1]} | ({best} if best is not None else set()) if folders else set()
+    surplus = len(folders) - keep
+    for folder in [f for f in folders if f not in protected][: max(surplus, 0)]:
+        (folder / MANIFEST).unlink()  # a half-deleted checkpoint must not look whole
+        shutil.rmtree(folder)
+
+
+def _step(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match and folder.is_dir() else -1

@@ -1,0 +1,181 @@
+"""The command ``lora-dpo``: each subcommand hands on to the Python function of the same name.
+
+Nothing heavy is imported before a subcommand runs. Exit codes: 0 done, 1 a mistake that the user
+can correct (one message, no traceback), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Preference tuning of 4-bit models with LoRA on one GPU.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting, as objective.beta=0.05.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, its output.dir.")]
+Checkpoint = Annotated[str, typer.Option(help="final, best, or the step of a checkpoint.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; configs/ holds commented ones.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Train a policy on preferences against its reference."""
+    with _user_errors():
+        from lora_dpo.config import Config
+
+        checked = Config.load(config, set_ or [])
+        _quiet_libraries()
+        from lora_dpo.run import train as run_training
+
+        run_training(checked, resume=resume)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str | None, typer.Option(help="Other preferences than the held-out rows.")] = None,
+    checkpoint: Checkpoint = "final",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print held-out metrics with 95 % intervals, clustered by prompt."""
+    with _user_errors():
+        _quiet_libraries()
+        import json
+
+        from lora_dpo.run import evaluate as run_evaluation
+
+        found = run_evaluation(run, data=data, checkpoint=checkpoint)
+        print(json.dumps(found.to_dict(), indent=2) if json_ else found)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    checkpoint: Checkpoint = "final",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Complete prompts with policy and reference, side by side."""
+    with _user_errors():
+        _quiet_libraries()
+        from lora_dpo.run import generate as run_generation
+
+        for found in run_generation(
+            run,
+            prompt,
+            checkpoint=checkpoint,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        ):
+            print(found, end="\n\n")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="The new folder.")],
+    merge: Annotated[bool, typer.Option(help="Merge the adapter into plain weights.")] = False,
+    base: Annotated[str, typer.Option(help="Merge into weights as trained, or original.")] = "trained",
+    checkpoint: Checkpoint = "final",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+) -> None:
+    """Write the adapter alone, or the merged model with a proof that it is the policy."""
+    _one_of("--base", base, ("trained", "original"))
+    _one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    with _user_errors():
+        _quiet_libraries()
+        from lora_dpo.run import export as run_export
+
+        options: Any = {"base": base, "dtype": dtype}
+        proof = run_export(
+            run, to, merge=merge, checkpoint=checkpoint, overwrite=overwrite, **options
+        )
+        print(f"{proof}\nmerged model: {to}" if proof else f"adapter: {to}")
+
+
+@app.command()
+def objectives(name: Annotated[str | None, typer.Argument(help="One objective.")] = None) -> None:
+    """Print the table of objectives, or one objective's formula, hyperparameters and source."""
+    with _user_errors():
+        from lora_dpo import objectives as table
+        from lora_dpo.describe import describe_objective, describe_table
+
+        print(describe_objective(table.get(name)) if name else describe_table())
+
+
+@app.command()
+def quickstart(
+    to: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("quickstart-run"),
+) -> None:
+    """Run the main job on the bundled small model, offline, in a few minutes."""
+    with _user_errors():
+        _quiet_libraries()
+        from lora_dpo.quickstart.main import run_quickstart
+
+        run_quickstart(to)
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    from lora_dpo.errors import LoraDpoError
+
+    try:
+        yield
+    except LoraDpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _one_of(option: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise typer.BadParameter(f"{option} {value}: expected one of {', '.join(legal)}.")
+
+
+def _quiet_libraries() -> None:
+    """Our own lines on the console; of the libraries only what a user can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("lora_dpo").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    if not sys.stderr.isatty():
+        theirs.disable_progress_bar()
+
+
+Command = Callable[..., None]
+
+if __name__ == "__main__":
+    main()

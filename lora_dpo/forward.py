@@ -1,0 +1,185 @@
+"""The single place where a model meets a batch: log-probs of completions, policy and reference.
+
+The model that is called is the one that accelerate prepared, so that the hooks of DDP run; its
+head is swapped on the instance for the time of one call, and sees only the positions that predict
+a completion token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_dpo.errors import ModelError
+from lora_dpo.logprobs import CHUNK_TOKENS, Head, predicting_positions, sum_by_row, token_logps
+from lora_dpo.policy import reference
+from lora_dpo.stats import PairStats
+
+
+class Batch(Protocol):
+    """Rows of tokens, padded, with the completion tokens marked."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [rows, time]
+    @property
+    def attention_mask(self) -> Tensor: ...  # [rows, time], 1 at tokens
+    @property
+    def completion_mask(self) -> Tensor: ...  # [rows, time], True at completion tokens
+
+
+def pair_stats(
+    model: nn.Module, batch: Batch, *, with_reference: bool = True, chunk: int = CHUNK_TOKENS
+) -> PairStats:
+    """Return the statistics of a batch of pairs under policy and, if asked, reference.
+
+    Args:
+        model: the policy, bare or prepared by accelerate, in the mode that the caller chose.
+        batch: chosen rows first, then the rejected ones in the same order.
+        with_reference: whether the reference runs; it runs first, while no graph takes memory.
+        chunk: positions whose logits exist at one time.
+    """
+    fixed = None
+    if with_reference:
+        with reference(model):
+            fixed = completion_logps(model, batch, chunk=chunk)
+    logps = completion_logps(model, batch, chunk=chunk)
+    lengths = completion_lengths(batch)
+    pairs = len(logps) // 2
+    return PairStats(
+        *logps.split(pairs), *lengths.split(pairs), *(() if fixed is None else fixed.split(pairs))
+    )
+
+
+def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Return the summed log-prob of each row's completion, ``[rows]``, nats, float32.
+
+    Gradient flows if the caller's mode lets it. Rows, padding and chunks do not touch each other.
+    """
+    rows, columns = predicting_positions(batch.completion_mask)
+    tokens = completion_token_logps(model, batch, chunk=chunk)
+    return sum_by_row(tokens, rows, len(batch.input_ids))
+
+
+def completion_token_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Return the log-prob of every completion token, ``[tokens]``, row by row, nats, float32."""
+    rows, columns = predicting_positions(batch.completion_mask)
+    targets = batch.input_ids[rows, columns + 1]
+    found: list[Tensor] = []
+
+    def score(hidden: Tensor, head: Head) -> Tensor:
+        found.append(token_logps(hidden[rows, columns], targets, head, chunk=chunk))
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    with _swapped_head(causal_lm(model), score), compute_context(model):
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **_positions(model, batch.attention_mask),
+        )
+    return found[0]
+
+
+def completion_lengths(batch: Batch) -> Tensor:
+    """Return the number of completion tokens of each row, ``[rows]``."""
+    return batch.completion_mask[:, 1:].sum(dim=1)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """Return the transformers model inside the wrappers of peft, accelerate and torch."""
+    while True:
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
+    """Autocast to the dtype of the base where that is 16 bits: the adapters stay float32."""
+    weight = causal_lm(model).get_input_embeddings().weight
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+def check_head(model: nn.Module) -> None:
+    """Compare the swapped head with the model's own logits on eight tokens.
+
+    Raises:
+        ModelError: the model does something to its logits that we do not know, so that every
+            log-prob would be wrong.
+    """
+    causal = causal_lm(model)
+    device = causal.get_input_embeddings().weight.device
+    count = min(8, causal.get_input_embeddings().num_embeddings)
+    ids = torch.arange(count, device=device)[None]
+    mask = torch.ones_like(ids)
+    probe = _Probe(ids, mask, mask.bool())
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        ours = completion_token_logps(model, probe)
+        with compute_context(model):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        dense = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    model.train(was_training)
+    exact = causal.get_input_embeddings().weight.dtype == torch.float32
+    tolerance = 1e-3 if exact else 0.1  # 16-bit matrix products differ with their shape
+    if not torch.allclose(ours, dense, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "
+            f"(log-probs differ by {(ours - dense).abs().max():.3g} nats); this model is not supported."
+        )
+
+
+class _Probe:
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.completion_mask = completion_mask
+
+
+@contextmanager
+def _swapped_head(causal: Any, score: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
+    head = causal.get_output_embeddings()
+    transform = _logit_transform(causal.config.get_text_config())
+    patched_before = "forward" in vars(head)
+    original = head.forward
+
+    def own_head(states: Tensor) -> Tensor:
+        return transform(original(states))
+
+    head.forward = lambda hidden: score(hidden, own_head)
+    try:
+        yield
+    finally:
+        if patched_before:
+            head.forward = original
+        else:
+            del head.forward
+
+
+def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """What the model does to its logits behind the head; ``check_head`` proves it complete."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    if factor == divisor == 1.0:
+        return lambda logits: logits
+    return lambda logits: logits * (factor / divisor)
+
+
+def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Count positions from each row's first token, whatever the padding side."""
+    if "position_ids" not in inspect.signature(causal_lm(model).forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}

@@ -1,0 +1,154 @@
+"""Text from the policy and from its reference, side by side: one model, the adapter on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dpo.errors import ModelError
+from lora_dpo.forward import compute_context
+from lora_dpo.policy import reference, unwrap
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One prompt and what both models make of it."""
+
+    prompt: str
+    policy: str
+    reference: str
+
+    def __str__(self) -> str:
+        return f"prompt     {self.prompt}\npolicy     {self.policy}\nreference  {self.reference}"
+
+
+def generate_side_by_side(
+    policy: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[SideBySide]:
+    """Complete each prompt with the policy and with its reference, from the same random numbers.
+
+    Args:
+        prompts: texts, or chats as lists of messages.
+        max_new_tokens: longest completion, tokens.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the random numbers, the same for both.
+        batch_size: prompts at a time.
+    """
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    ours = complete(policy, tokenizer, prompts, **options)  # type: ignore[arg-type]
+    theirs = complete(policy, tokenizer, prompts, as_reference=True, **options)  # type: ignore[arg-type]
+    return [
+        SideBySide(prompt_text(prompt), mine, fixed)
+        for prompt, mine, fixed in zip(prompts, ours, theirs, strict=True)
+    ]
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    as_reference: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return one completion a prompt, without the prompt and without special tokens."""
+    texts: list[str] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                rows = [encode_prompt(tokenizer, p) for p in prompts[start : start + batch_size]]
+                made = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
+                texts += tokenizer.batch_decode(made, skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the tokens of a prompt as training saw it: through the chat template, or plain.
+
+    Raises:
+        ModelError: a chat, and a tokenizer without chat template.
+    """
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "the prompt is a chat and the tokenizer has no chat template; give plain text, or set "
+                "data.chat_template."
+            )
+        text = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+    ids = list(tokenizer(prompt)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return a prompt for people to read."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _generate(
+    model: nn.Module, rows: list[list[int]], pad_id: int, max_new_tokens: int, temperature: float
+) -> Tensor:
+    longest = max(map(len, rows))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    )
+    target = _generator(model)
+    with torch.no_grad(), compute_context(model):
+        out: Tensor = target.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+            use_cache=True,
+            **sampling,
+        )
+    return out[:, longest:]
+
+
+def _generator(model: nn.Module) -> Any:
+    return model if hasattr(model, "generate") else unwrap(model)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any token will do: padding is masked."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int(pad if pad is not None else end if end is not None else 0)

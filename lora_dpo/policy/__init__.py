@@ -1,0 +1,50 @@
+"""The policy (a base in 4 bits with LoRA) and the reference (the same base without it)."""
+
+from lora_dpo.policy.adapters import (
+    ADAPTER,
+    PolicyFacts,
+    describe_policy,
+    equals_reference,
+    is_fresh,
+    load_adapter,
+    load_policy,
+    peft_config,
+    prepare_policy,
+    save_adapter,
+    snapshot_reference,
+)
+from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
+from lora_dpo.policy.switching import (
+    REFERENCE,
+    describe_reference,
+    policy_adapter,
+    reference,
+    unwrap,
+)
+from lora_dpo.policy.weights import Merged, dequantised, merged_tensors
+
+__all__ = [
+    "ADAPTER",
+    "REFERENCE",
+    "Merged",
+    "PolicyFacts",
+    "check_base",
+    "compute_dtype",
+    "default_device",
+    "dequantised",
+    "describe_policy",
+    "describe_reference",
+    "equals_reference",
+    "is_fresh",
+    "load_adapter",
+    "load_base",
+    "load_policy",
+    "merged_tensors",
+    "peft_config",
+    "policy_adapter",
+    "prepare_policy",
+    "reference",
+    "save_adapter",
+    "snapshot_reference",
+    "unwrap",
+]

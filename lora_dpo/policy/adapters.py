@@ -1,0 +1,330 @@
+"""LoRA on the base: fresh, or from an existing adapter whose frozen copy is then the reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_dpo.config import BASE_CHANGING_INITS, LoraConfig, ModelConfig
+from lora_dpo.errors import ModelError
+from lora_dpo.policy.bases import default_device, guard_cpu_kernels, load_base
+from lora_dpo.policy.switching import REFERENCE, describe_reference, policy_adapter, unwrap
+
+ADAPTER = "default"
+
+
+def load_policy(
+    base: str | Path | PreTrainedModel,
+    *,
+    quantisation: str = "nf4",
+    lora: peft.LoraConfig | LoraConfig | None = None,
+    adapter: str | Path | None = None,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> PeftModel:
+    """Load a base model and put LoRA adapters on it: the policy, whose base is the reference.
+
+    Args:
+        base: a folder, a hub id, or a loaded causal language model (then nothing is loaded).
+        quantisation: ``nf4``, ``fp4``, ``int8`` or ``none``.
+        lora: a ``peft.LoraConfig`` or ours; rank 16 on all linear layers if left out.
+        adapter: a saved adapter to start from. Its frozen copy becomes the reference.
+        device: where it lives; the current accelerator, or the CPU.
+        settings: further fields of ``lora_dpo.config.ModelConfig``, such as ``compute_dtype``.
+
+    Raises:
+        ModelError: a base or adapter that is not there or cannot be trained here.
+    """
+    if lora is not None and adapter is not None:
+        raise ModelError(
+            "load_policy: got both 'lora' and 'adapter'; an adapter that is started from brings its "
+            "own rank, alpha and targets."
+        )
+    place = torch.device(device) if device is not None else default_device()
+    if isinstance(base, PreTrainedModel):
+        model = base
+        guard_cpu_kernels(model)
+        model.requires_grad_(False)
+    else:
+        model = load_base(
+            ModelConfig(base=str(base), quantisation=quantisation, **settings),  # type: ignore[arg-type]
+            place,
+        )
+    if adapter is not None:
+        return _start_from(model, Path(adapter))
+    if lora is None or isinstance(lora, LoraConfig):
+        lora = peft_config(lora or LoraConfig())  # type: ignore[call-arg]
+    _refuse_lora(lora, "lora")
+    _refuse_tied_head(model, lora)
+    try:
+        with _peft_without_its_own_warnings():
+            policy = peft.get_peft_model(model, lora, adapter_name=ADAPTER)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"lora: {' '.join(str(error).split())[:400]}") from None
+    return prepare_policy(policy)
+
+
+def prepare_policy(policy: PeftModel) -> PeftModel:
+    """Check a ``PeftModel`` and make it ready to be trained against its reference.
+
+    Trainable weights become float32. Where the active adapter already changes the base (it was
+    trained before) and no adapter named ``reference`` exists, its frozen copy becomes the reference.
+
+    Raises:
+        ModelError: another method than LoRA, several active adapters, an init that rewrote the
+            base weights, trained biases, or nothing that is trained.
+    """
+    name = policy_adapter(policy)
+    _refuse_lora(policy.peft_config[name], f"adapter {name!r}")
+    guard_cpu_kernels(policy)
+    if REFERENCE not in policy.peft_config and not is_fresh(policy):
+        snapshot_reference(policy)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ModelError(
+            f"adapter {name!r}: none of its weights requires gradient; load it with is_trainable=True."
+        )
+    return policy
+
+
+def is_fresh(policy: PeftModel) -> bool:
+    """Whether the active adapter leaves the base as it is: every ``lora_B`` is 0, none is DoRA-moved.
+
+    Full copies (``modules_to_save``) count as fresh when they equal the module that they replace.
+    """
+    name = policy_adapter(policy)
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            factors = (*module.lora_B.items(), *module.lora_embedding_B.items())
+            for key, factor in factors:
+                weight = factor.weight if isinstance(factor, nn.Module) else factor
+                if key == name and bool(weight.detach().count_nonzero()):
+                    return False
+        elif isinstance(module, peft.utils.ModulesToSaveWrapper) and name in module.modules_to_save:
+            pairs = zip(
+                module.modules_to_save[name].parameters(),
+                module.original_module.parameters(),
+                strict=True,
+            )
+            if not all(torch.equal(mine.detach().to(base.dtype), base) for mine, base in pairs):
+                return False
+    return True
+
+
+def equals_reference(policy: nn.Module) -> bool:
+    """Whether the weights of the policy are those of its reference."""
+    model = unwrap(policy)
+    if REFERENCE not in model.peft_config:
+        return is_fresh(model)
+    mine, fixed = (
+        peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        for name in (policy_adapter(model), REFERENCE)
+    )
+    return mine.keys() == fixed.keys() and all(torch.equal(mine[key], fixed[key]) for key in mine)
+
+
+def snapshot_reference(policy: PeftModel) -> None:
+    """Freeze a copy of the active adapter under the name ``reference``."""
+    name = policy_adapter(policy)
+    policy.add_adapter(REFERENCE, _copy_config(policy.peft_config[name]))
+    state = peft.get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    peft.set_peft_model_state_dict(policy, state, adapter_name=REFERENCE)
+    policy.set_adapter(name)
+    guard_cpu_kernels(policy)
+    for key, parameter in policy.named_parameters():
+        if f".{REFERENCE}" in key:
+            parameter.requires_grad_(False)
+
+
+def save_adapter(policy: nn.Module, folder: Path, *, adapter: str | None = None) -> None:
+    """Write one adapter as peft alone loads it: ``adapter_config.json`` and safetensors, flat."""
+    model = unwrap(policy)
+    name = adapter or policy_adapter(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".peft-") as work:
+        model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
+        written = Path(work) if name == "default" else Path(work) / name
+        for path in sorted(written.iterdir()):
+            if path.suffix in {".json", ".safetensors"}:
+                shutil.move(path, folder / path.name)
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path, reference: Path | None) -> PeftModel:
+    """Put a saved policy back on its base, with the frozen reference beside it if it has one."""
+    policy = _from_pretrained(base, adapter)
+    if reference is not None:
+        try:
+            policy.load_adapter(str(reference), REFERENCE, is_trainable=False)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ModelError(f"{reference}: {' '.join(str(error).split())[:400]}") from None
+        policy.set_adapter(ADAPTER)
+    guard_cpu_kernels(policy)
+    return policy
+
+
+def peft_config(settings: LoraConfig) -> peft.LoraConfig:
+    """Translate our section ``lora`` into peft's own config."""
+    return peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+        exclude_modules=settings.exclude or None,
+        modules_to_save=settings.modules_to_save or None,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What a policy consists of, for people to read before training."""
+
+    reference: str
+    trainable: int
+    total_layers: dict[str, int]
+    adapted: tuple[str, ...]
+    unadapted: tuple[str, ...]
+    compute_dtype: str
+    unquantised: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return a few sentences."""
+        weights = ", ".join(f"{count} {kind}" for kind, count in sorted(self.total_layers.items()))
+        return [
+            f"linear layers: {weights}; everything else in {self.compute_dtype}"
+            + (f" (unquantised: {', '.join(self.unquantised)})" if self.unquantised else ""),
+            f"trained: {self.trainable:,} weights in float32 on {', '.join(self.adapted)}"
+            + (f"; without adapter: {', '.join(self.unadapted)}" if self.unadapted else ""),
+            f"reference: {self.reference}",
+        ]
+
+
+def describe_policy(policy: nn.Module) -> PolicyFacts:
+    """Count quantised and adapted layers of a policy by the last part of their names."""
+    model = unwrap(policy)
+    kinds: dict[str, int] = {}
+    adapted, unadapted, unquantised = set(), set(), set()
+    quantised_model = getattr(model.get_base_model(), "is_quantized", False)
+    for name, module in _base_linears(model):
+        kind = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}.get(type(module).__name__, "unquantised")
+        kinds[kind] = kinds.get(kind, 0) + 1
+        leaf = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+        (adapted if name.endswith(".base_layer") else unadapted).add(leaf)
+        if kind == "unquantised" and quantised_model:
+            unquantised.add(leaf)
+    saved = [m for m in model.modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
+    adapted |= {f"{len(saved)} full copies (modules_to_save)"} if saved else set()
+    return PolicyFacts(
+        reference=describe_reference(model),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_layers=kinds,
+        adapted=tuple(sorted(adapted)),
+        unadapted=tuple(sorted(unadapted - adapted)),
+        compute_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        unquantised=tuple(sorted(unquantised)),
+    )
+
+
+def _base_linears(model: PeftModel) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
+    ]
+
+
+def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    policy = _from_pretrained(base, adapter)
+    snapshot_reference(policy)
+    return prepare_policy(policy)
+
+
+def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{adapter}: no adapter there (adapter_config.json is missing). Give the folder that peft "
+            "or lora-dpo wrote."
+        )
+    init = json.loads(path.read_text(encoding="utf-8")).get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise ModelError(_CHANGED_BASE.format(where=path, init=init))
+    try:
+        with _peft_without_its_own_warnings():
+            return PeftModel.from_pretrained(
+                base, str(adapter), adapter_name=ADAPTER, is_trainable=True
+            )
+    except (ValueError, OSError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{adapter}: this adapter does not fit the base model: {reason}") from None
+
+
+_CHANGED_BASE = (
+    "{where}: init_lora_weights={init!r} rewrites the base weights, so the base with adapters "
+    "disabled is not the model that was loaded and the reference would be wrong. Start from an "
+    "adapter with the default init, or convert this one with peft (path_initial_model_for_weight_"
+    "conversion)."
+)
+
+
+@contextmanager
+def _peft_without_its_own_warnings() -> Iterator[None]:
+    """peft 0.21 reads a name of transformers that 5.23 deprecates; nobody here can act on that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def _refuse_lora(config: Any, where: str) -> None:
+    if not isinstance(config, peft.LoraConfig):
+        raise ModelError(f"{where}: is {type(config).__name__}; only LoRA and its variants are trained.")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise ModelError(_CHANGED_BASE.format(where=where, init=init))
+    if config.bias != "none" or config.lora_bias:
+        raise ModelError(
+            f"{where}: trains biases (bias={config.bias!r}, lora_bias={config.lora_bias}), which "
+            "disabling the adapter does not take back, so the reference would move; use bias='none'."
+        )
+    for option in ("trainable_token_indices", "target_parameters", "layer_replication"):
+        if getattr(config, option, None):
+            raise ModelError(f"{where}: {option} is not supported; it has no proven merge here.")
+
+
+def _refuse_tied_head(base: PreTrainedModel, config: peft.LoraConfig) -> None:
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    asked = config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else []
+    names = {*asked, *(config.modules_to_save or ())}
+    touched = sorted(n for n in names if n.rsplit(".", 1)[-1] in {"lm_head", "embed_tokens", "wte"})
+    if tied and touched:
+        raise ModelError(
+            f"lora: {', '.join(touched)} cannot be trained, because this model ties its head to its "
+            "embeddings and a change of one side would break the tie; leave them out."
+        )
+
+
+def _copy_config(config: Any) -> Any:
+    copied = type(config)(**{k: v for k, v in config.to_dict().items() if k in config.__dataclass_fields__})
+    copied.inference_mode = True
+    return copied
+

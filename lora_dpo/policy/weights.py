@@ -1,0 +1,133 @@
+"""Weights as plain float tensors: what a merge and its proof read, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+
+from lora_dpo.errors import ExportError
+from lora_dpo.policy.switching import policy_adapter, unwrap
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One tensor of the merged model."""
+
+    name: str
+    value: Tensor
+    adapted: bool
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """Return a base weight in float32: 4-bit and 8-bit ones as the forward pass sees them."""
+    if type(weight).__name__ in {"Params4bit", "Int8Params"}:
+        parameter: Any = weight
+        state = getattr(parameter, "quant_state", None) or parameter
+        value: Tensor = dequantize_bnb_weight(parameter, state=state)
+        return value.detach().float()
+    return weight.detach().float()
+
+
+Original = Callable[[str], Tensor]
+
+
+def merged_tensors(policy: nn.Module, original: Original | None = None) -> Iterator[Merged]:
+    """Yield every tensor of the base model with the active adapter added in float32, one by one.
+
+    Names are those of the base without peft's wrappers. Tied tensors come once.
+
+    Args:
+        policy: its active adapter is merged; nothing of it is changed.
+        original: looks a base weight up by name, to merge into other weights than the policy was
+            trained on; None takes those of the policy, dequantised.
+
+    Raises:
+        ExportError: an adapter weight that no tensor consumed, or that has no proven merge.
+    """
+    model = unwrap(policy)
+    adapter = policy_adapter(model)
+    base = model.get_base_model()
+    expected = {key for key in _adapter_parameters(model, adapter)}
+    consumed: set[str] = set()
+    tied = set(getattr(base, "all_tied_weights_keys", None) or {})
+    for name, module in base.named_modules(remove_duplicate=False):
+        if _inside_adapter(name):
+            continue
+        for leaf, value in _own_tensors(module):
+            key = f"{name}.{leaf}" if name else leaf
+            if key.removesuffix(f".{leaf}").endswith(".base_layer") or key in tied:
+                continue
+            known = original is not None and isinstance(value, nn.Parameter)
+            yield Merged(key, original(key) if original and known else value.detach(), adapted=False)
+        if isinstance(module, LoraLayer):
+            yield from _merged_layer(name, module, adapter, original)
+            consumed |= {key for key in expected if f"{name}.lora_" in key}
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from _saved_module(name, module, adapter)
+            consumed |= {key for key in expected if f"{name}.modules_to_save." in key}
+    left = sorted(expected - consumed)
+    if left:
+        raise ExportError(f"adapter weights that no layer of the merge took: {', '.join(left[:5])}.")
+
+
+def _merged_layer(
+    name: str, layer: Any, adapter: str, original: Original | None
+) -> Iterator[Merged]:
+    base_layer = layer.get_base_layer()
+    if not isinstance(base_layer, nn.Linear):
+        raise ExportError(f"{name}: LoRA on {type(base_layer).__name__} has no proven merge here.")
+    stored = base_layer.weight
+    weight = (
+        original(f"{name}.weight").to(stored.device).float() if original else dequantised(stored)
+    )
+    if adapter not in layer.lora_A:
+        pass  # a layer that another adapter of the model has and the trained one leaves alone
+    elif adapter in layer.lora_variant:
+        weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight).detach().float()
+    else:
+        weight = weight + layer.get_delta_weight(adapter).detach().float()
+    if not torch.isfinite(weight).all():
+        raise ExportError(f"{name}: the merged weight holds values that are not finite.")
+    yield Merged(f"{name}.weight", weight, adapted=adapter in layer.lora_A)
+    if base_layer.bias is not None:
+        yield Merged(f"{name}.bias", base_layer.bias.detach(), adapted=False)
+
+
+def _saved_module(name: str, wrapper: Any, adapter: str) -> Iterator[Merged]:
+    chosen = wrapper.modules_to_save[adapter] if adapter in wrapper.modules_to_save else None
+    module = chosen if chosen is not None else wrapper.original_module
+    for leaf, value in module.state_dict().items():
+        yield Merged(f"{name}.{leaf}", value.detach(), adapted=chosen is not None)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for leaf, parameter in module.named_parameters(recurse=False):
+        yield leaf, dequantised(parameter) if _is_quantised(parameter) else parameter
+    for leaf, buffer in module.named_buffers(recurse=False):
+        if leaf not in module._non_persistent_buffers_set:
+            yield leaf, buffer.detach()
+
+
+def _is_quantised(parameter: Tensor) -> bool:
+    return type(parameter).__name__ in {"Params4bit", "Int8Params"}
+
+
+def _inside_adapter(name: str) -> bool:
+    parts = name.split(".")
+    wrappers = ("base_layer", "modules_to_save", "original_module", "lora_dropout")
+    return any(part in wrappers or part.startswith("lora_") for part in parts)
+
+
+def _adapter_parameters(model: PeftModel, adapter: str) -> Iterator[str]:
+    prefix = "base_model.model."
+    for key, _ in model.named_parameters(remove_duplicate=False):
+        if f".{adapter}" in key and (".lora_" in key or ".modules_to_save." in key):
+            yield key.removeprefix(prefix)

@@ -1,0 +1,146 @@
+"""Files that are either whole or not there: atomic folders, manifests, locks, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_dpo.errors import OutputError
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(value: Any) -> str:
+    """Return the sha256 (hex) of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old one or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is an ``OutputError`` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OutputError(f"{path}: no such file; the folder is not one that we wrote.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise OutputError(f"{path}: not readable as JSON ({error}); the file is damaged.") from None
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a temporary folder beside ``target``; it takes the target's name only when all is done.
+
+    Raises ``OutputError`` before anything is written if the target exists and is not empty, unless
+    ``overwrite``; on any exception inside the block the temporary folder is removed and an existing
+    target stays as it was.
+    """
+    target = target.absolute()
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(
+            f"{target}: exists already and is not empty. Choose another folder, or ask for it to be "
+            "replaced (--overwrite)."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.unfinished-"))
+    os.chmod(work, 0o777 & ~_umask())
+    try:
+        yield work
+        _replace_folder(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Record every file of ``folder`` with size and sha256: the last file a writer writes."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"facts": facts or {}, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the facts of a folder's manifest after checking every file it lists.
+
+    Raises ``OutputError`` where there is no manifest (an unfinished write) or a file is missing,
+    truncated or changed.
+    """
+    manifest = read_json(folder / MANIFEST)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise OutputError(f"{path}: missing, though the manifest of {folder} lists it.")
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise OutputError(f"{path}: not what was written (size or checksum differs).")
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; a second holder gets an ``OutputError`` at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise OutputError(
+            f"{folder}: another process is writing here. Wait for it, or choose another folder."
+        ) from None
+
+
+def _replace_folder(work: Path, target: Path) -> None:
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+        os.replace(target, old / "folder")
+        os.replace(work, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(work, target)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,397 @@
+"""``PreferenceTrainer``: loss, batches, metrics and saving; all else is ``transformers.Trainer``.
+
+The library sees one batch per optimiser step. ``training_step`` splits it into micro-batches and
+weighs each pair by the pairs of the whole step on all ranks, so that 1 x 8 equals 8 x 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lora_dpo import objectives
+from lora_dpo.callbacks import ConsoleCallback, JsonlCallback, MovementCallback, StopCallback
+from lora_dpo.checkpoints import clear_unfinished, latest_checkpoint, rotate, seal_checkpoint
+from lora_dpo.data import Tokenised, collate_pairs, load_preferences, tokenise
+from lora_dpo.errors import ConfigError, DataError, TrainingError
+from lora_dpo.evaluation import summarise
+from lora_dpo.forward import check_head, pair_stats
+from lora_dpo.logprobs import CHUNK_TOKENS
+from lora_dpo.metrics import Window, pair_metrics
+from lora_dpo.objectives import BoundObjective
+from lora_dpo.policy import (
+    describe_policy,
+    describe_reference,
+    equals_reference,
+    prepare_policy,
+    save_adapter,
+    unwrap,
+)
+from lora_dpo.stats import PairStats
+from lora_dpo.store import read_json, read_manifest, write_json
+
+logger = logging.getLogger("lora_dpo")
+
+STATE = "lora_dpo_state.json"
+
+
+class PreferenceTrainer(Trainer):
+    """Train a policy on preferences against its reference.
+
+    Args:
+        policy: a ``PeftModel``, from ``load_policy`` or your own.
+        objective: a name of the table or ``objectives.get(name).bind(...)``.
+        args: ``TrainingArguments``; the product of ``per_device_train_batch_size`` and
+            ``gradient_accumulation_steps`` is the rows of a step, the first the rows of a
+            micro-batch.
+        train_data: tokenised pairs, or anything that ``load_preferences`` takes (then with
+            ``tokenizer``).
+        eval_data: held-out pairs, likewise.
+        tokenizer: for data that is not tokenised yet.
+        max_length: tokens of prompt and completion, for data that is not tokenised yet.
+        chunk_tokens: positions whose logits exist at one time.
+        facts: what a checkpoint must agree with to be resumed from (the config, say).
+
+    Raises:
+        ModelError, DataError, ConfigError: before anything is trained.
+    """
+
+    def __init__(
+        self,
+        policy: PeftModel,
+        *,
+        objective: str | BoundObjective = "dpo",
+        args: TrainingArguments,
+        train_data: Any,
+        eval_data: Any = None,
+        tokenizer: Any = None,
+        max_length: int = 1024,
+        chunk_tokens: int = CHUNK_TOKENS,
+        callbacks: Sequence[TrainerCallback] = (),
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if isinstance(objective, str):
+            objective = objectives.get(objective).bind()
+        self.objective = objective
+        self.chunk_tokens = chunk_tokens
+        self.facts = facts or {"objective": str(objective)}
+        self.window = Window()
+        self.stop = StopCallback()
+        self.micro_batch = args.per_device_train_batch_size
+        self.keep_checkpoints = args.save_total_limit
+        self._clock, self._tokens = time.monotonic(), 0
+        self._check_logps: list[float] = []
+        self.evaluated_at = -1
+        train, held_out = (
+            _tokenised(data, tokenizer, max_length) if data is not None else None
+            for data in (train_data, eval_data)
+        )
+        super().__init__(
+            model=prepare_policy(policy),
+            args=_one_batch_a_step(args, unwrap(policy)),
+            data_collator=_keep_rows,
+            train_dataset=train.rows if train else None,
+            eval_dataset=held_out.rows if held_out else None,
+            compute_metrics=self._held_out_metrics,
+            callbacks=[self.stop, MovementCallback(), *callbacks],
+        )
+        self.label_names = []
+        self._replace_console()
+        check_head(self.model)
+
+    # ---- one optimiser step ------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Backpropagate the mean loss over all pairs of the step; return it, detached."""
+        model.train()
+        rows = sorted(inputs["rows"], key=_length, reverse=True)  # the largest first: it fits or not
+        pairs_of_step = self._over_ranks(len(rows))
+        losses = []
+        for start in range(0, len(rows), self.micro_batch):
+            part = rows[start : start + self.micro_batch]
+            last = start + self.micro_batch >= len(rows)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                part_losses = self._losses(model, part)
+                scale = self.accelerator.num_processes / pairs_of_step
+                self.accelerator.backward(part_losses.sum() * scale)
+            losses.append(part_losses.detach())
+        every = torch.cat(losses)
+        self._stop_unless_finite(model, rows, every)
+        return every.sum() * self.accelerator.num_processes / pairs_of_step
+
+    def _losses(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
+        stats = self._stats(model, rows)
+        losses = self.objective(stats)
+        self.window.add(pair_metrics(self.objective, stats, losses))
+        return losses
+
+    def _stats(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> PairStats:
+        batch = collate_pairs(rows, pad_id=0).to(self.args.device)
+        self._tokens += int(batch.attention_mask.sum())
+        return pair_stats(
+            model, batch, with_reference=self.objective.objective.reference, chunk=self.chunk_tokens
+        )
+
+    def _stop_unless_finite(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]], losses: Tensor
+    ) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step itself
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients and not scaled else torch.zeros(())
+        if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
+            return
+        bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not _finite(loss)]
+        what = "loss" if bad else "gradient"
+        places = ", ".join(f"{row['file']}:{row['row']}" for row in (bad or rows)[:10])
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: the {what} is not a finite number; rows {places}. "
+            "No update was made and earlier checkpoints are kept. Look at these rows, lower "
+            "train.learning_rate, or use model.compute_dtype: float32."
+        )
+
+    def _over_ranks(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
+        total = torch.tensor(count, device=self.args.device)
+        return int(self.accelerator.reduce(total, reduction="sum"))
+
+    # ---- evaluation --------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without moving the random numbers that training draws from."""
+        with torch.random.fork_rng():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self.evaluated_at = self.state.global_step
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Return per-pair metrics in place of logits; the library gathers them over ranks."""
+        rows = inputs["rows"]
+        with torch.no_grad():
+            stats = self._stats(model, rows)
+            values = pair_metrics(self.objective, stats, self.objective(stats))
+        self._metric_names = list(values)
+        table = torch.stack([value.double() for value in values.values()], dim=1)  # [batch, metric]
+        keys = [int(row["prompt_key"][:12], 16) for row in rows]
+        return None, table, torch.tensor(keys, device=table.device)
+
+    def _held_out_metrics(self, prediction: Any) -> dict[str, float]:
+        columns = dict(zip(self._metric_names, prediction.predictions.T, strict=True))
+        self.last_evaluation = summarise(columns, prediction.label_ids)
+        return {name: estimate.mean for name, estimate in self.last_evaluation.estimates.items()}
+
+    # ---- a whole run -------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; Ctrl-C and SIGTERM save a checkpoint first.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint of the output folder, or
+                the path of one.
+
+        Raises:
+            TrainingError: the policy is not at its reference at the start, a checkpoint of another
+                run or reference, a loss that is not finite, or an interruption (saved).
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._check_resume(resume_from_checkpoint)
+        else:
+            for line in self.self_check():
+                logger.info(line)
+        self._clock, self._tokens = time.monotonic(), 0
+        with self.stop.listening():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.stop.signal is not None and self.state.global_step < self.state.max_steps:
+            raise TrainingError(
+                f"stopped at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is "
+                f"saved in {self.args.output_dir}. Go on with --resume (train(..., resume=True))."
+            )
+        return output
+
+    def self_check(self) -> list[str]:
+        """Return sentences on what the reference is, after proving that the policy begins there.
+
+        Raises:
+            TrainingError: the policy's weights equal the reference's and their log-probs do not.
+        """
+        facts = describe_policy(self.model)
+        stats = self._probe()
+        lines = facts.lines()
+        if not stats.has_reference:
+            return [*lines[:-1], f"{self.objective.name} reads no reference; none will run"]
+        ratio = float(torch.cat([stats.chosen_logratios, stats.rejected_logratios]).abs().max())
+        loss, start = (float(self.objective(s).mean()) for s in (stats, stats.at_reference()))
+        if not equals_reference(self.model):
+            return [*lines, f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}"]
+        scale = float(stats.policy_chosen_logps.abs().max())
+        if ratio > 1e-4 * max(scale, 1.0):
+            raise TrainingError(
+                f"self-check: policy and reference have the same weights, yet their log-probs differ "
+                f"by {ratio:.3g} nats (loss {loss:.4f}, expected {start:.4f}). The reference is wrong."
+            )
+        return [
+            *lines,
+            f"self-check: policy = reference on {len(stats.chosen_lengths)} pairs "
+            f"(log-ratio {ratio:.2g}), loss {loss:.4f} = its start value {start:.4f}",
+        ]
+
+    @property
+    def reference_in_words(self) -> str:
+        """What the reference is; that there is none, for an objective that reads none."""
+        return describe_reference(self.model) if self.objective.objective.reference else "none"
+
+    def _probe(self) -> PairStats:
+        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+        model = self.model
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            stats = self._stats(model, rows)
+        model.train(was_training)
+        if stats.has_reference:
+            self._check_logps = torch.cat(
+                [stats.reference_chosen_logps, stats.reference_rejected_logps]
+            ).tolist()
+        return stats
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_unfinished(folder)
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        window = {"sums": self.window.sums, "pairs": self.window.pairs}
+        write_json(folder / STATE, {"window": window, "reference_logps": self._check_logps})
+        seal_checkpoint(folder, {**self.facts, "reference": describe_reference(self.model)})
+        best = self.state.best_model_checkpoint
+        rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
+
+    def _check_resume(self, asked: str | bool) -> str:
+        if asked is True:
+            folder, facts, damaged = latest_checkpoint(Path(self.args.output_dir))
+            for problem in damaged:
+                logger.warning("left alone: %s", problem)
+        else:
+            folder = Path(asked)
+            facts = read_manifest(folder)
+        expected = {**self.facts, "reference": describe_reference(self.model)}
+        different = sorted(k for k in expected.keys() | facts.keys() if expected.get(k) != facts.get(k))
+        if different:
+            told = "; ".join(f"{k}: {facts.get(k)!r} there, {expected.get(k)!r} here" for k in different)
+            raise TrainingError(
+                f"{folder}: saved by another run ({told}). Resume with the config of that run, or start "
+                "afresh in another output.dir."
+            )
+        state = read_json(folder / STATE)
+        self._probe()
+        before, now = torch.tensor(state["reference_logps"]), torch.tensor(self._check_logps)
+        if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-3, atol=1e-2):
+            raise TrainingError(
+                f"{folder}: the reference or the data is not the one that this run began with (its "
+                "log-probs of the first rows differ). Resume with the same base, adapter and data."
+            )
+        self.window = Window(dict(state["window"]["sums"]), state["window"]["pairs"])
+        logger.info("resuming from %s", folder)
+        return str(folder)
+
+    # ---- logs --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our metrics: means over every pair since the last line."""
+        if "loss" in logs:
+            seconds = max(time.monotonic() - self._clock, 1e-9)
+            logs = {**logs, **self.window.means(), "tokens_per_second": self._tokens / seconds}
+            logs["memory/peak_gib"] = _peak_gib(self.args.device)
+            self._clock, self._tokens = time.monotonic(), 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: the library's formula assumes one dense batch and no shared work."""
+        return 0
+
+    def _replace_console(self) -> None:
+        from transformers import PrinterCallback, ProgressCallback
+
+        for kind in (ProgressCallback, PrinterCallback):
+            self.remove_callback(kind)
+        self.add_callback(ConsoleCallback())
+
+    def write_metrics_to(self, path: Path) -> None:
+        """Keep every log line as JSON in ``path``."""
+        self.add_callback(JsonlCallback(path))
+
+
+def _tokenised(data: Any, tokenizer: Any, max_length: int) -> Tokenised:
+    if isinstance(data, Tokenised):
+        return data
+    if tokenizer is None:
+        raise DataError("PreferenceTrainer: data that is not tokenised needs tokenizer=...")
+    return tokenise(load_preferences(data, kind="paired"), tokenizer, max_length=max_length)
+
+
+def _one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArguments:
+    """Return a copy whose batch is a whole step, with the mixed precision of the policy."""
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            "args.label_smoothing_factor: preferences have no token labels to smooth; use "
+            "objectives.get('dpo').bind(label_smoothing=...)."
+        )
+    args = copy.copy(args)
+    args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    args.gradient_accumulation_steps = 1
+    args.save_total_limit = None  # ours runs after the manifest is written
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False
+    args.label_names = []
+    args.dataloader_pin_memory = False  # rows travel as lists; tensors are made a micro-batch at a time
+    half = policy.get_input_embeddings().weight.dtype == torch.float16
+    if half and args.device.type == "cuda":
+        args.fp16 = True  # for the gradient scaler; forward() chooses the arithmetic itself
+    return args
+
+
+def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The library's collator: rows are padded later, a micro-batch at a time."""
+    return {"rows": rows}
+
+
+def _length(row: dict[str, Any]) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def _finite(value: float) -> bool:
+    return abs(value) != float("inf") and value == value
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Peak memory of the process so far: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
