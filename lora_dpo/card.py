@@ -51,8 +51,13 @@ def _metrics(results: dict[str, Any]) -> str:
     found = results.get("held_out", {}).get("mean_low_high")
     if not found:
         return ""
-    rows = [f"| {name} | {mean:.4g} | {low:.4g} to {high:.4g} |" for name, (mean, low, high) in found.items()]
-    return "## Held-out pairs\n\n| metric | mean | 95 % interval |\n|---|---|---|\n" + "\n".join(rows)
+    rows = [
+        f"| {name} | {mean:.4g} | {low:.4g} to {high:.4g} |"
+        for name, (mean, low, high) in found.items()
+    ]
+    return "## Held-out pairs\n\n| metric | mean | 95 % interval |\n|---|---|---|\n" + "\n".join(
+        rows
+    )
 
 
 def _public(path: str) -> str:

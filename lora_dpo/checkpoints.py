@@ -16,7 +16,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the finished checkpoints of a run, oldest first (by step, not by date)."""
     return sorted(
-        (p for p in run.glob("checkpoint-*") if _step(p) >= 0 and (p / MANIFEST).is_file()), key=_step
+        (p for p in run.glob("checkpoint-*") if _step(p) >= 0 and (p / MANIFEST).is_file()),
+        key=_step,
     )
 
 
@@ -37,7 +38,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     Raises:
         OutputError: the run has no whole checkpoint.
     """
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(list_checkpoints(run)):
         try:
             return folder, read_manifest(folder), damaged

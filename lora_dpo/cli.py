@@ -51,7 +51,9 @@ def train(
 @app.command(name="eval")
 def evaluate(
     run: RunFolder,
-    data: Annotated[str | None, typer.Option(help="Other preferences than the held-out rows.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other preferences than the held-out rows.")
+    ] = None,
     checkpoint: Checkpoint = "final",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -96,7 +98,9 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option(help="The new folder.")],
     merge: Annotated[bool, typer.Option(help="Merge the adapter into plain weights.")] = False,
-    base: Annotated[str, typer.Option(help="Merge into weights as trained, or original.")] = "trained",
+    base: Annotated[
+        str, typer.Option(help="Merge into weights as trained, or original.")
+    ] = "trained",
     checkpoint: Checkpoint = "final",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,

@@ -197,11 +197,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); a YAML file is expected.") from None
     try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of sections is expected, got {type(values).__name__}.")
+        raise ConfigError(
+            f"{path}: a mapping of sections is expected, got {type(values).__name__}."
+        )
     return values
 
 
@@ -231,7 +233,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             problems.append(f"--set {text}: expected key=value, as in objective.beta=0.05.")
             continue
         try:
-            _set_key(values, key.strip(), yaml.load(value, Loader=_StrictLoader))  # noqa: S506
+            _set_key(values, key.strip(), yaml.load(value, Loader=_StrictLoader))
         except (ConfigError, yaml.YAMLError) as error:
             problems.append(f"--set {text}: {' '.join(str(error).split())}")
     if problems:

@@ -131,7 +131,8 @@ def export_merged(
 
 def _write_weights(tensors: Iterator[Merged], dtype: torch.dtype, folder: Path) -> None:
     shard: dict[str, Tensor] = {}
-    size, total, names = 0, 0, []
+    size, total = 0, 0
+    names: list[Path] = []
     weight_map: dict[str, int] = {}
     for tensor in tqdm(tensors, desc="merging", unit=" tensors", disable=None):
         value = tensor.value.to(dtype) if tensor.value.is_floating_point() else tensor.value
@@ -148,7 +149,9 @@ def _write_weights(tensors: Iterator[Merged], dtype: torch.dtype, folder: Path) 
 
 def _flush(shard: dict[str, Tensor], folder: Path, number: int) -> Path:
     path = folder / f"shard-{number}.safetensors"
-    save_file({k: v.clone() if v.is_shared() else v for k, v in shard.items()}, path, {"format": "pt"})
+    save_file(
+        {k: v.clone() if v.is_shared() else v for k, v in shard.items()}, path, {"format": "pt"}
+    )
     shard.clear()
     return path
 
@@ -283,7 +286,9 @@ def _prove(
     after = _behaviour(model, sequences)
     kl = _mean_kl(before.logits, after.logits)
     same = (before.logits.argmax(-1) == after.logits.argmax(-1)).double().mean()
-    pairs = [(a, b) for x, y in zip(before.greedy, after.greedy, strict=True) for a, b in _zip(x, y)]
+    pairs = [
+        (a, b) for x, y in zip(before.greedy, after.greedy, strict=True) for a, b in _zip(x, y)
+    ]
     gate = max(GATE, 3 * noise) if gated else None
     greedy = sum(a == b for a, b in pairs) / max(len(pairs), 1)
     proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy)
@@ -300,9 +305,10 @@ def _load_plain(folder: Path, compute: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     place: Any = {"": "cpu"} if default_device().type == "cpu" else "auto"
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=compute, device_map=place, output_loading_info=True
     )
+    model, info = loaded
     wrong = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and "keys" in k}
     if wrong:
         raise ExportError(f"the merged folder does not load cleanly: {wrong}.")
@@ -317,16 +323,20 @@ def _zip(mine: list[int], other: list[int]) -> list[tuple[int | None, int | None
 
 def _checkpoint_lookup(source: str) -> Callable[[str], Tensor]:
     """Return a function that reads one tensor of the original checkpoint by its name."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    index = cached_file(
+        source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+    )
     names = json.loads(Path(index).read_text())["weight_map"] if index else None
 
     def look_up(name: str) -> Tensor:
         file = cached_file(source, names[name] if names else "model.safetensors")
         with safe_open(file, framework="pt") as stream:
             if name not in stream.keys():  # noqa: SIM118 (not a dict)
-                raise ExportError(f"{source}: the checkpoint has no tensor {name!r}; use base='trained'.")
+                raise ExportError(
+                    f"{source}: the checkpoint has no tensor {name!r}; use base='trained'."
+                )
             value: Tensor = stream.get_tensor(name)
             return value
 

@@ -61,7 +61,7 @@ def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKEN
 
     Gradient flows if the caller's mode lets it. Rows, padding and chunks do not touch each other.
     """
-    rows, columns = predicting_positions(batch.completion_mask)
+    rows, _ = predicting_positions(batch.completion_mask)
     tokens = completion_token_logps(model, batch, chunk=chunk)
     return sum_by_row(tokens, rows, len(batch.input_ids))
 

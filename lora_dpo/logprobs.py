@@ -18,7 +18,9 @@ CHUNK_TOKENS = 1024
 Head = Callable[[Tensor], Tensor]
 
 
-def token_logps(hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+def token_logps(
+    hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = CHUNK_TOKENS
+) -> Tensor:
     """Return the log-prob of each target token, ``[tokens]``, nats, float32 (float64 stays).
 
     Args:

@@ -59,6 +59,8 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over all pairs added, and start again."""
-        found = {name: total / self.pairs for name, total in self.sums.items()} if self.pairs else {}
+        found = (
+            {name: total / self.pairs for name, total in self.sums.items()} if self.pairs else {}
+        )
         self.sums, self.pairs = {}, 0
         return found

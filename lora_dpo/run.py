@@ -1,13 +1,13 @@
 """A whole run, from a config to a folder, and a folder opened again.
 
-    RUN/
-      config.yaml        the resolved config; reproduces the run
-      run.json           versions, what the reference was, results
-      data.json          what was dropped, truncated or repaired, with examples
-      metrics.jsonl      every log line
-      adapter/           the trained policy, as peft loads it, with tokenizer
-      reference/         the frozen starting adapter, if there was one
-      checkpoint-N/      to resume from; the best one on held-out rows is never deleted
+RUN/
+  config.yaml        the resolved config; reproduces the run
+  run.json           versions, what the reference was, results
+  data.json          what was dropped, truncated or repaired, with examples
+  metrics.jsonl      every log line
+  adapter/           the trained policy, as peft loads it, with tokenizer
+  reference/         the frozen starting adapter, if there was one
+  checkpoint-N/      to resume from; the best one on held-out rows is never deleted
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from lora_dpo import objectives
 from lora_dpo.arguments import build_arguments
 from lora_dpo.card import model_card
 from lora_dpo.config import Config
-from lora_dpo.data import DataReport, Preferences, Tokenised, load_preferences, tokenise
-from lora_dpo.errors import DataError, ExportError, ModelError, OutputError
+from lora_dpo.data import Tokenised
+from lora_dpo.errors import DataError, ExportError, OutputError
 from lora_dpo.evaluation import Evaluation, evaluate_pairs
 from lora_dpo.exporting import Proof, export_adapter, export_merged
 from lora_dpo.generation import Prompt, SideBySide, generate_side_by_side
@@ -41,6 +41,7 @@ from lora_dpo.policy import (
     peft_config,
     save_adapter,
 )
+from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
 from lora_dpo.store import fingerprint, lock, read_json, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 
@@ -136,24 +137,6 @@ class Run:
         return folder
 
 
-@dataclass(frozen=True)
-class RunData:
-    """Training and held-out rows of a run, and what became of the others."""
-
-    train: Tokenised
-    held_out: Tokenised | None
-    is_chat: bool
-    reports: dict[str, DataReport]
-
-    def lines(self) -> list[str]:
-        """Return what was read, dropped, truncated and repaired, for people."""
-        held = f", {len(self.held_out)} held out" if self.held_out is not None else ""
-        lines = [f"data: {len(self.train)} rows to train on{held}"]
-        for name, report in self.reports.items():
-            lines += [f"  {name}: {line}" for line in report.lines()]
-        return lines
-
-
 def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:
     """Train a policy as a config says, evaluate it on held-out rows, and return the run.
 
@@ -170,7 +153,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     _check_folder(folder, resume=resume)
     objective = _bound(config)
     if objective.objective.data != "paired":
-        raise DataError(f"objective {objective.name!r} needs unpaired data, which is not trained on yet.")
+        raise DataError(
+            f"objective {objective.name!r} needs unpaired data, which is not trained on yet."
+        )
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
     check_base(config.model)
@@ -190,7 +175,11 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
 
 
 def evaluate(
-    run: Run | str | Path, *, data: Any = None, checkpoint: str = "final", batch_size: int | None = None
+    run: Run | str | Path,
+    *,
+    data: Any = None,
+    checkpoint: str = "final",
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Return held-out metrics of a run with intervals clustered by prompt.
 
@@ -202,7 +191,11 @@ def evaluate(
     """
     run = _as_run(run)
     tokenizer = run.tokenizer()
-    rows = _tokenise(_load(run.config, data, "paired"), run.config, tokenizer) if data else run.held_out()
+    rows = (
+        tokenise_rows(load_rows(run.config, data, "paired"), run.config, tokenizer)
+        if data
+        else run.held_out()
+    )
     width = batch_size or int(run.config.train.further.get("per_device_eval_batch_size", 2))
     return evaluate_pairs(
         run.load_policy(checkpoint),
@@ -266,13 +259,17 @@ def export(
     """
     run, target = _as_run(run), Path(to)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target}: exists already and is not empty; choose another, or overwrite it.")
+        raise OutputError(
+            f"{target}: exists already and is not empty; choose another, or overwrite it."
+        )
     if not merge and (base != "trained" or dtype != "auto"):
         raise ExportError("export: 'base' and 'dtype' belong to a merge; give --merge with them.")
     tokenizer = run.tokenizer()
     if not merge:
         card = model_card(run.config, run.results, proof=None)
-        export_adapter(run.load_policy(checkpoint), tokenizer, target, card=card, overwrite=overwrite)
+        export_adapter(
+            run.load_policy(checkpoint), tokenizer, target, card=card, overwrite=overwrite
+        )
         return None
     sequences = _proof_sequences(run.held_out())
     return export_merged(
@@ -285,105 +282,6 @@ def export(
         card=lambda proof: model_card(run.config, run.results, proof=proof),
         overwrite=overwrite,
     )
-
-
-def load_tokenizer(config: Config) -> Any:
-    """Load the base's tokenizer, with the config's chat template if it names one.
-
-    Raises:
-        ModelError: there is no tokenizer, or no such template file.
-    """
-    model = config.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.base {model.base!r}: no tokenizer could be read ({reason})") from None
-    if config.data.chat_template:
-        path = Path(config.data.chat_template)
-        if not path.is_file():
-            raise ModelError(f"data.chat_template {str(path)!r}: no such file; give a Jinja file.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def prepare_data(config: Config, tokenizer: Any, kind: Literal["paired", "unpaired"]) -> RunData:
-    """Load, split and tokenise the rows of a run; the same config gives the same rows again."""
-    rows = _load(config, config.data.train, kind)
-    if config.data.eval:
-        held: Preferences | None = _load(config, config.data.eval, kind)
-    elif config.data.eval_fraction > 0:
-        rows, held = rows.split(config.data.eval_fraction, config.data.eval_max_rows, config.data.seed)
-    else:
-        held = None
-    reports = {"read": rows.report}
-    train_rows = _tokenise(rows, config, tokenizer)
-    reports["train"] = train_rows.report
-    held_rows = None
-    if held is not None and len(held):
-        held_rows = _tokenise(held, config, tokenizer)
-        reports["held out"] = held_rows.report
-        _note_leaks(rows, held)
-    return RunData(train_rows, held_rows, rows.rows[0].is_chat, reports)
-
-
-def _load(config: Config, source: Any, kind: Literal["paired", "unpaired"]) -> Preferences:
-    data = config.data
-    return load_preferences(
-        source,
-        columns=data.columns or None,
-        kind=kind,
-        transcripts=data.transcripts,
-        identical=data.identical,
-        empty=data.empty,
-        duplicates=data.duplicates,
-        seed=data.seed,
-    )
-
-
-def _tokenise(rows: Preferences, config: Config, tokenizer: Any) -> Tokenised:
-    data = config.data
-    return tokenise(
-        rows,
-        tokenizer,
-        max_length=data.max_length,
-        overflow=data.overflow,
-        stop_ids=stop_ids(config),
-        template_arguments=data.template_arguments,
-        add_bos=data.add_bos,
-        cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache(),
-    )
-
-
-def stop_ids(config: Config) -> list[int]:
-    """Return the tokens on which the model really stops: those of its generation config."""
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(
-            config.model.base, revision=config.model.revision
-        ).eos_token_id
-    except (OSError, ValueError):
-        return []  # no generation config: the tokenizer's end token is what it stops on
-    return list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
-
-
-def default_cache() -> Path:
-    """Return the folder of tokenised data: ``$LORA_DPO_CACHE``, or ``~/.cache/lora_dpo``."""
-    import os
-
-    return Path(os.environ.get("LORA_DPO_CACHE") or Path.home() / ".cache" / "lora_dpo") / "tokenised"
-
-
-def _note_leaks(rows: Preferences, held: Preferences) -> None:
-    shared = {row.prompt_key for row in rows.rows} & {row.prompt_key for row in held.rows}
-    if shared:
-        logger.warning(
-            "%d prompts stand in data.train and in data.eval; held-out figures will be too good.",
-            len(shared),
-        )
 
 
 def _build_trainer(
@@ -456,14 +354,18 @@ def _checkpoint_facts(config: Config) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
-    used = folder.exists() and (not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir()))
+    used = folder.exists() and (
+        not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())
+    )
     if used and not resume:
         hint = "resume it with --resume, or " if (folder / "config.yaml").is_file() else ""
         raise OutputError(
             f"output.dir {str(folder)!r}: exists already and is not empty; {hint}choose another folder."
         )
     if resume and not (folder / "config.yaml").is_file():
-        raise OutputError(f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing).")
+        raise OutputError(
+            f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing)."
+        )
 
 
 def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:
@@ -475,7 +377,15 @@ def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     found = {"python": platform.python_version(), "device": _device_name()}
-    for name in ("lora-dpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"):
+    for name in (
+        "lora-dpo",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -84,6 +84,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     os.chmod(work, 0o777 & ~_umask())
     try:
         yield work
+        for path in work.rglob("*"):  # some libraries write files for the owner alone
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _replace_folder(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -62,11 +62,19 @@ class PreferenceTrainer(Trainer):
         tokenizer: for data that is not tokenised yet.
         max_length: tokens of prompt and completion, for data that is not tokenised yet.
         chunk_tokens: positions whose logits exist at one time.
+        reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
+            an adapter is that was trained before.
         facts: what a checkpoint must agree with to be resumed from (the config, say).
 
     Raises:
         ModelError, DataError, ConfigError: before anything is trained.
     """
+
+    # what the library types more loosely than it is here
+    model: Any
+    train_dataset: Any
+    accelerator: Any
+    objective: BoundObjective
 
     def __init__(
         self,
@@ -80,13 +88,13 @@ class PreferenceTrainer(Trainer):
         max_length: int = 1024,
         chunk_tokens: int = CHUNK_TOKENS,
         callbacks: Sequence[TrainerCallback] = (),
+        reference_is: Literal["auto", "base", "start"] = "auto",
         facts: dict[str, Any] | None = None,
     ) -> None:
-        if isinstance(objective, str):
-            objective = objectives.get(objective).bind()
-        self.objective = objective
+        bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
+        self.objective = bound
         self.chunk_tokens = chunk_tokens
-        self.facts = facts or {"objective": str(objective)}
+        self.facts = facts or {"objective": str(bound)}
         self.window = Window()
         self.stop = StopCallback()
         self.micro_batch = args.per_device_train_batch_size
@@ -99,7 +107,7 @@ class PreferenceTrainer(Trainer):
             for data in (train_data, eval_data)
         )
         super().__init__(
-            model=prepare_policy(policy),
+            model=prepare_policy(policy, reference_is=reference_is),
             args=_one_batch_a_step(args, unwrap(policy)),
             data_collator=_keep_rows,
             train_dataset=train.rows if train else None,
@@ -118,7 +126,9 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor:
         """Backpropagate the mean loss over all pairs of the step; return it, detached."""
         model.train()
-        rows = sorted(inputs["rows"], key=_length, reverse=True)  # the largest first: it fits or not
+        rows = sorted(
+            inputs["rows"], key=_length, reverse=True
+        )  # the largest first: it fits or not
         pairs_of_step = self._over_ranks(len(rows))
         losses = []
         for start in range(0, len(rows), self.micro_batch):
@@ -131,7 +141,8 @@ class PreferenceTrainer(Trainer):
             losses.append(part_losses.detach())
         every = torch.cat(losses)
         self._stop_unless_finite(model, rows, every)
-        return every.sum() * self.accelerator.num_processes / pairs_of_step
+        mean: Tensor = every.sum() * self.accelerator.num_processes / pairs_of_step
+        return mean
 
     def _losses(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
         stats = self._stats(model, rows)
@@ -151,7 +162,11 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step itself
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients and not scaled else torch.zeros(())
+        norm = (
+            torch.nn.utils.get_total_norm(gradients)
+            if gradients and not scaled
+            else torch.zeros(())
+        )
         if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
             return
         bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not _finite(loss)]
@@ -202,7 +217,9 @@ class PreferenceTrainer(Trainer):
 
     # ---- a whole run -------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train; Ctrl-C and SIGTERM save a checkpoint first.
 
         Args:
@@ -242,7 +259,10 @@ class PreferenceTrainer(Trainer):
         ratio = float(torch.cat([stats.chosen_logratios, stats.rejected_logratios]).abs().max())
         loss, start = (float(self.objective(s).mean()) for s in (stats, stats.at_reference()))
         if not equals_reference(self.model):
-            return [*lines, f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}"]
+            return [
+                *lines,
+                f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}",
+            ]
         scale = float(stats.policy_chosen_logps.abs().max())
         if ratio > 1e-4 * max(scale, 1.0):
             raise TrainingError(
@@ -254,6 +274,11 @@ class PreferenceTrainer(Trainer):
             f"self-check: policy = reference on {len(stats.chosen_lengths)} pairs "
             f"(log-ratio {ratio:.2g}), loss {loss:.4f} = its start value {start:.4f}",
         ]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
 
     @property
     def reference_in_words(self) -> str:
@@ -276,11 +301,13 @@ class PreferenceTrainer(Trainer):
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        save_adapter(self.model, Path(output_dir) if output_dir else self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear_unfinished(folder)
         super()._save_checkpoint(model, trial)
@@ -294,16 +321,20 @@ class PreferenceTrainer(Trainer):
 
     def _check_resume(self, asked: str | bool) -> str:
         if asked is True:
-            folder, facts, damaged = latest_checkpoint(Path(self.args.output_dir))
+            folder, facts, damaged = latest_checkpoint(self.folder)
             for problem in damaged:
                 logger.warning("left alone: %s", problem)
         else:
-            folder = Path(asked)
+            folder = Path(str(asked))
             facts = read_manifest(folder)
         expected = {**self.facts, "reference": describe_reference(self.model)}
-        different = sorted(k for k in expected.keys() | facts.keys() if expected.get(k) != facts.get(k))
+        different = sorted(
+            k for k in expected.keys() | facts.keys() if expected.get(k) != facts.get(k)
+        )
         if different:
-            told = "; ".join(f"{k}: {facts.get(k)!r} there, {expected.get(k)!r} here" for k in different)
+            told = "; ".join(
+                f"{k}: {facts.get(k)!r} there, {expected.get(k)!r} here" for k in different
+            )
             raise TrainingError(
                 f"{folder}: saved by another run ({told}). Resume with the config of that run, or start "
                 "afresh in another output.dir."
@@ -369,7 +400,9 @@ def _one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArg
     args.remove_unused_columns = False
     args.logging_nan_inf_filter = False
     args.label_names = []
-    args.dataloader_pin_memory = False  # rows travel as lists; tensors are made a micro-batch at a time
+    args.dataloader_pin_memory = (
+        False  # rows travel as lists; tensors are made a micro-batch at a time
+    )
     half = policy.get_input_embeddings().weight.dtype == torch.float16
     if half and args.device.type == "cuda":
         args.fp16 = True  # for the gradient scaler; forward() chooses the arithmetic itself

@@ -10,7 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -27,7 +28,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128,
+        vocab_size=320,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -44,7 +45,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: no merges, so that prompt and completion never touch. Ends with </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[dict[str, str]]:
+    """Sixteen pairs of unequal lengths, each with its own prompt."""
+    return [
+        {
+            "prompt": f"Question {i}{'?' * (i % 5)}",
+            "chosen": " yes" * (1 + i % 4) + ".",
+            "rejected": " no, no" * (1 + (i * 3) % 5) + "!",
+        }
+        for i in range(16)
+    ]
 
 
 @pytest.fixture(scope="session")

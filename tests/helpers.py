@@ -32,7 +32,9 @@ def pad(rows: list[tuple[list[int], list[int]]], *, side: str = "right", extra: 
     return Rows(torch.tensor(ids), torch.tensor(attention), torch.tensor(completion).bool())
 
 
-def random_rows(count: int, seed: int = 0, vocabulary: int = 128) -> list[tuple[list[int], list[int]]]:
+def random_rows(
+    count: int, seed: int = 0, vocabulary: int = 128
+) -> list[tuple[list[int], list[int]]]:
     """Rows of unequal lengths with random tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,7 +45,9 @@ def random_rows(count: int, seed: int = 0, vocabulary: int = 128) -> list[tuple[
     return [(draw(2, 9), draw(1, 12)) for _ in range(count)]
 
 
-def move_adapter(policy: nn.Module, adapter: str = "default", std: float = 0.05, seed: int = 1) -> None:
+def move_adapter(
+    policy: nn.Module, adapter: str = "default", std: float = 0.05, seed: int = 1
+) -> None:
     """Give ``lora_B`` random values, so that the policy is no longer its reference."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.named_parameters():

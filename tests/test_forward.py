@@ -94,8 +94,12 @@ def test_stats_of_a_batch_hold_chosen_then_rejected_and_a_reference_without_grad
     policy: PeftModel, expected: Any
 ) -> None:
     stats = pair_stats(policy, pad(ROWS))
-    torch.testing.assert_close(stats.policy_chosen_logps.detach(), expected[0][:3], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.policy_rejected_logps.detach(), expected[0][3:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        stats.policy_chosen_logps.detach(), expected[0][:3], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        stats.policy_rejected_logps.detach(), expected[0][3:], rtol=1e-5, atol=1e-5
+    )
     assert stats.chosen_lengths.tolist() == [len(answer) for _, answer in ROWS[:3]]
     assert stats.policy_chosen_logps.requires_grad
     assert not stats.reference_chosen_logps.requires_grad

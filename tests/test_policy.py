@@ -145,7 +145,9 @@ def test_gradients_are_those_of_a_dequantised_float32_copy_after_an_evaluation(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for name, module in policy.get_base_model().named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            plain.get_submodule(name.removesuffix(".base_layer")).weight.data = dequantised(module.weight)
+            plain.get_submodule(name.removesuffix(".base_layer")).weight.data = dequantised(
+                module.weight
+            )
     copy = load_policy(plain)
     copy.load_state_dict(
         {k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False
@@ -154,7 +156,9 @@ def test_gradients_are_those_of_a_dequantised_float32_copy_after_an_evaluation(
     for model in (policy.eval(), copy.eval()):
         model.zero_grad()
         pair_stats(model, BATCH).margins.sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        )
     torch.testing.assert_close(_logps(policy), _logps(copy), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
 
@@ -170,7 +174,9 @@ def test_checkpointing_keeps_every_adapters_gradient(policy: PeftModel) -> None:
 
     plain = gradients()
     base = policy.get_base_model()
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable = (
+        getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     recomputed = gradients()
     assert all(g is not None and g.abs().sum() > 0 for g in recomputed.values())
@@ -196,7 +202,9 @@ def test_variants_begin_at_the_reference_and_leave_it_alone(
     torch.testing.assert_close(_logps(policy), fixed, rtol=1e-5, atol=1e-4)
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            parameter.data += 0.01 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(3)
+            )
     assert torch.equal(_reference_logps(policy), fixed)
     assert (_logps(policy) - fixed).abs().max() > 1e-3
 
@@ -207,13 +215,17 @@ def test_every_quantisation_loads_and_starts_at_its_reference(
 ) -> None:
     policy = load_policy(tiny_model, quantisation=quantisation)
     kinds = describe_policy(policy).total_layers
-    expected = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}[quantisation]
+    expected = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}[
+        quantisation
+    ]
     assert kinds[expected] >= 14
     assert torch.equal(_logps(policy), _reference_logps(policy))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_embeddings_and_head_take_the_compute_dtype_and_adapters_stay_float32(tiny_model: Path) -> None:
+def test_embeddings_and_head_take_the_compute_dtype_and_adapters_stay_float32(
+    tiny_model: Path,
+) -> None:
     policy = load_policy(tiny_model, compute_dtype="bfloat16")
     base = policy.get_base_model()
     assert base.lm_head.weight.dtype == base.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -226,7 +238,9 @@ def test_starting_from_an_adapter_of_any_name_makes_its_frozen_copy_the_referenc
     tiny_model: Path, tmp_path: Path, name: str
 ) -> None:
     base = load_policy(tiny_model).unload()
-    start = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"), adapter_name=name)
+    start = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules="all-linear"), adapter_name=name
+    )
     move_adapter(start, name)
     expected = _logps(start)
     policy = prepare_policy(start)
@@ -312,7 +326,8 @@ def test_a_checkpoint_quantised_by_bitsandbytes_is_accepted(
     from transformers import BitsAndBytesConfig
 
     quantised = AutoModelForCausalLM.from_pretrained(
-        tiny_model, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        tiny_model,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
     quantised.save_pretrained(tmp_path / "bnb")
     policy = load_policy(tmp_path / "bnb")

@@ -112,7 +112,9 @@ class Objective:
         if known is None:
             takes = ", ".join(self.hyperparameters) or "none"
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
-            whose = f" ({', '.join(owners)} does.)" if owners else nearest(key, self.hyperparameters)
+            whose = (
+                f" ({', '.join(owners)} does.)" if owners else nearest(key, self.hyperparameters)
+            )
             return f"objective.{key}: {self.name!r} has no such hyperparameter; it takes {takes}.{whose}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"objective.{key}: got {value!r}; {self.name!r} expects a number in {known.interval}."
@@ -207,7 +209,9 @@ def _read_hyperparameters(loss: Loss) -> dict[str, Hyperparameter]:
     for parameter in list(inspect.signature(loss).parameters.values())[1:]:
         intervals = [m for m in get_args(hints[parameter.name]) if isinstance(m, Interval)]
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-            raise ValueError(f"objective {loss.__name__!r}: {parameter.name} needs keyword and default.")
+            raise ValueError(
+                f"objective {loss.__name__!r}: {parameter.name} needs keyword and default."
+            )
         if not intervals:
             raise ValueError(f"objective {loss.__name__!r}: {parameter.name} states no interval.")
         default: Any = parameter.default

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -78,11 +78,18 @@ def load_policy(
     return prepare_policy(policy)
 
 
-def prepare_policy(policy: PeftModel) -> PeftModel:
+def prepare_policy(
+    policy: PeftModel, *, reference_is: Literal["auto", "base", "start"] = "auto"
+) -> PeftModel:
     """Check a ``PeftModel`` and make it ready to be trained against its reference.
 
-    Trainable weights become float32. Where the active adapter already changes the base (it was
-    trained before) and no adapter named ``reference`` exists, its frozen copy becomes the reference.
+    Trainable weights become float32.
+
+    Args:
+        policy: its one active adapter is trained. An adapter named ``reference`` is the reference.
+        reference_is: without such an adapter: ``base``, adapters disabled; ``start``, a frozen copy
+            of the active adapter; ``auto``, the base for a fresh adapter and ``start`` for one that
+            changes the base already (an SFT adapter).
 
     Raises:
         ModelError: another method than LoRA, several active adapters, an init that rewrote the
@@ -91,7 +98,8 @@ def prepare_policy(policy: PeftModel) -> PeftModel:
     name = policy_adapter(policy)
     _refuse_lora(policy.peft_config[name], f"adapter {name!r}")
     guard_cpu_kernels(policy)
-    if REFERENCE not in policy.peft_config and not is_fresh(policy):
+    start = reference_is == "start" or (reference_is == "auto" and not is_fresh(policy))
+    if REFERENCE not in policy.peft_config and start:
         snapshot_reference(policy)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -109,6 +117,7 @@ def is_fresh(policy: PeftModel) -> bool:
     Full copies (``modules_to_save``) count as fresh when they equal the module that they replace.
     """
     name = policy_adapter(policy)
+    module: Any
     for module in policy.modules():
         if isinstance(module, LoraLayer):
             factors = (*module.lora_B.items(), *module.lora_embedding_B.items())
@@ -223,10 +232,14 @@ def describe_policy(policy: nn.Module) -> PolicyFacts:
     """Count quantised and adapted layers of a policy by the last part of their names."""
     model = unwrap(policy)
     kinds: dict[str, int] = {}
-    adapted, unadapted, unquantised = set(), set(), set()
+    adapted: set[str] = set()
+    unadapted: set[str] = set()
+    unquantised: set[str] = set()
     quantised_model = getattr(model.get_base_model(), "is_quantized", False)
     for name, module in _base_linears(model):
-        kind = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}.get(type(module).__name__, "unquantised")
+        kind = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}.get(
+            type(module).__name__, "unquantised"
+        )
         kinds[kind] = kinds.get(kind, 0) + 1
         leaf = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
         (adapted if name.endswith(".base_layer") else unadapted).add(leaf)
@@ -297,7 +310,9 @@ def _peft_without_its_own_warnings() -> Iterator[None]:
 
 def _refuse_lora(config: Any, where: str) -> None:
     if not isinstance(config, peft.LoraConfig):
-        raise ModelError(f"{where}: is {type(config).__name__}; only LoRA and its variants are trained.")
+        raise ModelError(
+            f"{where}: is {type(config).__name__}; only LoRA and its variants are trained."
+        )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ModelError(_CHANGED_BASE.format(where=where, init=init))
@@ -324,7 +339,8 @@ def _refuse_tied_head(base: PreTrainedModel, config: peft.LoraConfig) -> None:
 
 
 def _copy_config(config: Any) -> Any:
-    copied = type(config)(**{k: v for k, v in config.to_dict().items() if k in config.__dataclass_fields__})
+    copied = type(config)(
+        **{k: v for k, v in config.to_dict().items() if k in config.__dataclass_fields__}
+    )
     copied.inference_mode = True
     return copied
-

@@ -34,7 +34,9 @@ def compute_dtype(asked: str = "auto", device: torch.device | None = None) -> to
     device = device or default_device()
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def default_device() -> torch.device:
@@ -91,10 +93,12 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise ModelError(f"model.base {settings.base!r}: the weights did not load: {reason}") from None
+        raise ModelError(
+            f"model.base {settings.base!r}: the weights did not load: {reason}"
+        ) from None
     guard_cpu_kernels(base)
     base.requires_grad_(False)
-    return base  # type: ignore[no-any-return]
+    return base
 
 
 def guard_cpu_kernels(model: nn.Module) -> None:
@@ -106,10 +110,10 @@ def guard_cpu_kernels(model: nn.Module) -> None:
     Raises:
         ModelError: a layer was repacked before it came here.
     """
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             state = getattr(module.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 raise ModelError(
@@ -152,11 +156,11 @@ def _refuse_architecture(where: str, config: Any) -> None:
         raise ModelError(
             f"{where}: a multimodal model ({modality} in its config); only text models are handled."
         )
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in _causal_configs():
-        if not getattr(config, "auto_map", None):
-            raise ModelError(
-                f"{where}: model type {config.model_type!r} is no causal language model of transformers."
-            )
+    causal = type(config) in _causal_configs() and not getattr(config, "is_encoder_decoder", False)
+    if not causal and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{where}: model type {config.model_type!r} is no causal language model of transformers."
+        )
 
 
 def _causal_configs() -> Any:

@@ -66,7 +66,9 @@ def merged_tensors(policy: nn.Module, original: Original | None = None) -> Itera
             if key.removesuffix(f".{leaf}").endswith(".base_layer") or key in tied:
                 continue
             known = original is not None and isinstance(value, nn.Parameter)
-            yield Merged(key, original(key) if original and known else value.detach(), adapted=False)
+            yield Merged(
+                key, original(key) if original and known else value.detach(), adapted=False
+            )
         if isinstance(module, LoraLayer):
             yield from _merged_layer(name, module, adapter, original)
             consumed |= {key for key in expected if f"{name}.lora_" in key}
@@ -75,7 +77,9 @@ def merged_tensors(policy: nn.Module, original: Original | None = None) -> Itera
             consumed |= {key for key in expected if f"{name}.modules_to_save." in key}
     left = sorted(expected - consumed)
     if left:
-        raise ExportError(f"adapter weights that no layer of the merge took: {', '.join(left[:5])}.")
+        raise ExportError(
+            f"adapter weights that no layer of the merge took: {', '.join(left[:5])}."
+        )
 
 
 def _merged_layer(
@@ -102,10 +106,10 @@ def _merged_layer(
 
 
 def _saved_module(name: str, wrapper: Any, adapter: str) -> Iterator[Merged]:
-    chosen = wrapper.modules_to_save[adapter] if adapter in wrapper.modules_to_save else None
-    module = chosen if chosen is not None else wrapper.original_module
+    adapted = adapter in wrapper.modules_to_save
+    module = wrapper.modules_to_save[adapter] if adapted else wrapper.original_module
     for leaf, value in module.state_dict().items():
-        yield Merged(f"{name}.{leaf}", value.detach(), adapted=chosen is not None)
+        yield Merged(f"{name}.{leaf}", value.detach(), adapted=adapted)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,10 @@ EVERY = pytest.mark.parametrize("row", OBJECTIVES.values(), ids=list(OBJECTIVES)
 
 
 def _stats(
-    *columns: list[float], dtype: torch.dtype = torch.float64, grad: bool = False, reference: bool = True
+    *columns: list[float],
+    dtype: torch.dtype = torch.float64,
+    grad: bool = False,
+    reference: bool = True,
 ) -> PairStats:
     chosen, rejected, fixed_chosen, fixed_rejected = (
         torch.tensor(column, dtype=dtype) for column in columns
@@ -45,7 +48,12 @@ def test_losses_are_finite_at_log_ratios_of_ten_thousand_and_at_a_certain_comple
     row: Objective,
 ) -> None:
     far = 1e4
-    columns = ([-1.0, -far, 0.0, -far], [-far, -1.0, -far, 0.0], [-far, -1, -1, 0], [-1, -far, 0, -1])
+    columns = (
+        [-1.0, -far, 0.0, -far],
+        [-far, -1.0, -far, 0.0],
+        [-far, -1, -1, 0],
+        [-1, -far, 0, -1],
+    )
     for dtype in (torch.float32, torch.float64):
         stats = _stats(*map(list, columns), dtype=dtype, grad=True)
         for bound in _bounds(row):
@@ -90,7 +98,9 @@ def test_the_reference_is_read_exactly_if_declared(row: Objective) -> None:
 
 
 @EVERY
-def test_a_higher_chosen_log_prob_never_raises_the_loss_if_declared_monotone(row: Objective) -> None:
+def test_a_higher_chosen_log_prob_never_raises_the_loss_if_declared_monotone(
+    row: Objective,
+) -> None:
     stats = _random(grad=True)
     row.bind()(stats).sum().backward()
     falls = bool((stats.policy_chosen_logps.grad <= 0).all())
@@ -114,9 +124,7 @@ def test_mean_log_probs_are_read_exactly_if_declared(row: Objective) -> None:
 
 @EVERY
 def test_the_loss_at_a_bad_margin_grows_as_declared(row: Objective) -> None:
-    at = {
-        m: float(row.bind()(_stats([-m], [0.0], [0.0], [0.0])).mean()) for m in (1e3, 2e3, 4e3)
-    }
+    at = {m: float(row.bind()(_stats([-m], [0.0], [0.0], [0.0])).mean()) for m in (1e3, 2e3, 4e3)}
     first, second = at[2e3] - at[1e3], at[4e3] - at[2e3]
     expected = {"linear": 2.0, "quadratic": 4.0, "bounded": None}[row.extremes]
     if expected is None:
@@ -169,7 +177,9 @@ def test_dpo_is_log_2_where_policy_equals_reference_whatever_the_hyperparameters
     for beta in (0.01, 0.1, 1.0):
         for smoothing in (0.0, 0.3):
             losses = objectives.dpo(stats, beta=beta, label_smoothing=smoothing)
-            torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-15, atol=0)
+            torch.testing.assert_close(
+                losses, torch.full_like(losses, math.log(2)), rtol=1e-15, atol=0
+            )
 
 
 def test_swapping_the_sides_of_dpo_flips_the_margin() -> None:
@@ -234,7 +244,9 @@ def test_a_user_registers_an_objective_and_a_taken_name_is_refused() -> None:
             return torch.relu(1 - beta * stats.margins)
 
         assert objectives.get("hinge_of_mine").bind(beta=1).hyperparameters == {"beta": 1.0}
-        assert objectives.get("hinge_of_mine").hyperparameters["beta"].interval == Interval(above=0.0)
+        assert objectives.get("hinge_of_mine").hyperparameters["beta"].interval == Interval(
+            above=0.0
+        )
     finally:
         OBJECTIVES.clear()
         OBJECTIVES.update(before)

@@ -1,0 +1,140 @@
+"""From a config to what a model is fed: its tokenizer, and rows to train on and to hold out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from lora_dpo.config import Config
+from lora_dpo.data import DataReport, Preferences, Tokenised, load_preferences, tokenise
+from lora_dpo.errors import ModelError
+
+logger = logging.getLogger("lora_dpo")
+
+Kind = Literal["paired", "unpaired"]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Training and held-out rows of a run, and what became of the others."""
+
+    train: Tokenised
+    held_out: Tokenised | None
+    is_chat: bool
+    reports: dict[str, DataReport]
+
+    def lines(self) -> list[str]:
+        """Return what was read, dropped, truncated and repaired, for people."""
+        held = f", {len(self.held_out)} held out" if self.held_out is not None else ""
+        lines = [f"data: {len(self.train)} rows to train on{held}"]
+        for name, report in self.reports.items():
+            lines += [f"  {name}: {line}" for line in report.lines()]
+        return lines
+
+
+def load_tokenizer(config: Config) -> Any:
+    """Load the base's tokenizer, with the config's chat template if it names one.
+
+    Raises:
+        ModelError: there is no tokenizer, or no such template file.
+    """
+    model = config.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.base {model.base!r}: no tokenizer could be read ({reason})"
+        ) from None
+    if config.data.chat_template:
+        path = Path(config.data.chat_template)
+        if not path.is_file():
+            raise ModelError(f"data.chat_template {str(path)!r}: no such file; give a Jinja file.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def prepare_data(config: Config, tokenizer: Any, kind: Kind) -> RunData:
+    """Load, split and tokenise the rows of a run; the same config gives the same rows again."""
+    rows = load_rows(config, config.data.train, kind)
+    if config.data.eval:
+        held: Preferences | None = load_rows(config, config.data.eval, kind)
+    elif config.data.eval_fraction > 0:
+        rows, held = rows.split(
+            config.data.eval_fraction, config.data.eval_max_rows, config.data.seed
+        )
+    else:
+        held = None
+    reports = {"read": rows.report}
+    train_rows = tokenise_rows(rows, config, tokenizer)
+    reports["train"] = train_rows.report
+    held_rows = None
+    if held is not None and len(held):
+        held_rows = tokenise_rows(held, config, tokenizer)
+        reports["held out"] = held_rows.report
+        _note_leaks(rows, held)
+    return RunData(train_rows, held_rows, rows.rows[0].is_chat, reports)
+
+
+def load_rows(config: Config, source: Any, kind: Kind) -> Preferences:
+    """Read preferences with the config's settings, from its own sources or from others."""
+    data = config.data
+    return load_preferences(
+        source,
+        columns=data.columns or None,
+        kind=kind,
+        transcripts=data.transcripts,
+        identical=data.identical,
+        empty=data.empty,
+        duplicates=data.duplicates,
+        seed=data.seed,
+    )
+
+
+def tokenise_rows(rows: Preferences, config: Config, tokenizer: Any) -> Tokenised:
+    """Turn preferences into tokens with the config's settings."""
+    data = config.data
+    return tokenise(
+        rows,
+        tokenizer,
+        max_length=data.max_length,
+        overflow=data.overflow,
+        stop_ids=stop_ids(config),
+        template_arguments=data.template_arguments,
+        add_bos=data.add_bos,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache(),
+    )
+
+
+def stop_ids(config: Config) -> list[int]:
+    """Return the tokens on which the model really stops: those of its generation config."""
+    try:
+        found = GenerationConfig.from_pretrained(
+            config.model.base, revision=config.model.revision or "main"
+        ).eos_token_id
+    except (OSError, ValueError):
+        return []  # no generation config: the tokenizer's end token is what it stops on
+    return list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
+
+
+def default_cache() -> Path:
+    """Return the folder of tokenised data: ``$LORA_DPO_CACHE``, or ``~/.cache/lora_dpo``."""
+    return (
+        Path(os.environ.get("LORA_DPO_CACHE") or Path.home() / ".cache" / "lora_dpo") / "tokenised"
+    )
+
+
+def _note_leaks(rows: Preferences, held: Preferences) -> None:
+    shared = {row.prompt_key for row in rows.rows} & {row.prompt_key for row in held.rows}
+    if shared:
+        logger.warning(
+            "%d prompts stand in data.train and in data.eval; held-out figures will be too good.",
+            len(shared),
+        )

@@ -1,0 +1,84 @@
+"""The house: imports run downwards only, heavy libraries have their rooms, the surface is stated."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_dpo
+
+PACKAGE = Path(lora_dpo.__file__).parent
+
+FLOORS = {
+    "errors": -1,
+    "stats": 0, "store": 0,
+    "objectives": 1, "logprobs": 1, "metrics": 2, "describe": 2,
+    "config": 2, "arguments": 2,
+    "data": 3, "policy": 3,
+    "forward": 4,
+    "callbacks": 5, "card": 5, "checkpoints": 5, "evaluation": 5, "exporting": 5, "generation": 5, "preparing": 5,
+    "trainer": 5, "run": 5,
+    "cli": 6, "__init__": 6, "__main__": 6, "quickstart": 6,
+}  # fmt: skip
+HOMES = {"bitsandbytes": {"policy"}, "peft": {"policy", "forward", "trainer"}, "typer": {"cli"}}
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def _imports() -> list[tuple[Path, str]]:
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found += [(path, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                below = (
+                    [f"lora_dpo.{a.name}" for a in node.names] if node.module == "lora_dpo" else []
+                )
+                found += [(path, name) for name in below or [node.module]]
+    return found
+
+
+def test_imports_run_downwards_only() -> None:
+    for path, name in _imports():
+        if name.startswith("lora_dpo."):
+            here, there = _room(path), name.split(".")[1]
+            same = here == there or FLOORS[here] == FLOORS[there] == 5 or FLOORS[here] == 6
+            assert (
+                FLOORS[there] < FLOORS[here] or same or {here, there} == {"config", "arguments"}
+            ), f"{path} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+
+
+def test_heavy_libraries_stay_in_their_rooms() -> None:
+    for path, name in _imports():
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or _room(path) in home, f"{path} imports {name}; its home is {home}"
+
+
+def test_the_commands_help_and_the_package_import_no_torch() -> None:
+    code = "import sys, lora_dpo, lora_dpo.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_public_surface_is_all_there_and_no_function_shares_a_modules_name() -> None:
+    assert lora_dpo.__all__ == sorted(lora_dpo.__all__)
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    for name in lora_dpo.__all__:
+        assert getattr(lora_dpo, name) is not None
+        assert name not in modules or name == "objectives", f"{name} is a module too"
+    assert set(lora_dpo.__all__) == set(lora_dpo._HOME)
+
+
+def test_files_and_functions_stay_short() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 70, f"{path}:{node.lineno} {node.name} has {length} lines"

@@ -1,0 +1,344 @@
+"""Laws of a training run: batches, metrics, checkpoints, interruption, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+
+from lora_dpo import objectives
+from lora_dpo.checkpoints import latest_checkpoint, list_checkpoints
+from lora_dpo.config import LoraConfig
+from lora_dpo.data import Tokenised, load_preferences, tokenise
+from lora_dpo.errors import DataError, OutputError, TrainingError
+from lora_dpo.evaluation import evaluate_pairs
+from lora_dpo.policy import load_policy
+from lora_dpo.store import MANIFEST
+from lora_dpo.trainer import PreferenceTrainer
+from tests.helpers import move_adapter
+
+UNREPEATABLE = {"tokens_per_second", "memory/peak_gib"}
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model: Path, pairs: list[dict[str, str]]) -> Tokenised:
+    return tokenise(
+        load_preferences(pairs), AutoTokenizer.from_pretrained(tiny_model), max_length=128
+    )
+
+
+def _arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 5,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**values, **changes})
+
+
+def _policy(tiny_model: Path, dropout: float = 0.0) -> PeftModel:
+    torch.manual_seed(11)
+    return load_policy(tiny_model, lora=LoraConfig(rank=4, dropout=dropout))
+
+
+def _weights(policy: Any) -> torch.Tensor:
+    return torch.cat(
+        [p.detach().flatten() for n, p in policy.named_parameters() if ".default." in n]
+    )
+
+
+def _logs(trainer: PreferenceTrainer) -> list[dict[str, float]]:
+    return [
+        {
+            k: v
+            for k, v in entry.items()
+            if k not in UNREPEATABLE and "runtime" not in k and "per_second" not in k
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def test_one_by_eight_equals_eight_by_one_along_a_trajectory(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    """16 pairs of unequal lengths, steps of 6 (so the last is a partial one), two epochs."""
+    trajectories = []
+    for micro, accumulate in ((6, 1), (1, 6), (4, 1.5)):
+        arguments = _arguments(tmp_path, num_train_epochs=2, optim="sgd", learning_rate=0.05)
+        arguments.per_device_train_batch_size = micro
+        arguments.gradient_accumulation_steps = accumulate  # type: ignore[assignment]
+        if accumulate == 1.5:  # micro-batches of 4 and 2
+            arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = 6, 1
+        trainer = PreferenceTrainer(_policy(tiny_model), args=arguments, train_data=rows)
+        trainer.micro_batch = micro
+        trainer.train()
+        trajectories.append((_weights(trainer.model), [e["loss"] for e in _logs(trainer)]))
+    (weights, losses), *others = trajectories
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    for other_weights, other_losses in others:
+        torch.testing.assert_close(other_weights, weights, rtol=1e-3, atol=1e-5)
+        assert other_losses == pytest.approx(losses, abs=1e-5)
+
+
+def test_the_logged_metrics_are_means_over_every_pair_since_the_last_line(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    """With a learning rate of almost 0 the policy stays put: the log equals an evaluation."""
+    policy = _policy(tiny_model)
+    move_adapter(policy, std=0.05)
+    arguments = _arguments(tmp_path, learning_rate=1e-12, logging_steps=4, optim="sgd")
+    trainer = PreferenceTrainer(policy, args=arguments, train_data=rows, reference_is="base")
+    trainer.train()
+    (log,) = _logs(trainer)
+    expected = evaluate_pairs(policy, rows, trainer.objective, pad_id=0)
+    for name, estimate in expected.estimates.items():
+        assert log[name] == pytest.approx(estimate.mean, rel=1e-4, abs=1e-5)
+    assert {
+        "rewards/chosen",
+        "rewards/margins",
+        "logps/chosen",
+        "logratios/rejected",
+        "grad_norm",
+    } <= set(log)
+    assert log["rewards/margins"] == pytest.approx(
+        log["rewards/chosen"] - log["rewards/rejected"], abs=1e-5
+    )
+
+
+def test_a_fresh_policy_logs_accuracy_one_half_because_ties_count_half(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    trainer = PreferenceTrainer(_policy(tiny_model), args=_arguments(tmp_path), train_data=rows)
+    trainer.train()
+    first = _logs(trainer)[0]
+    assert first["rewards/accuracies"] == 0.5
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_the_trainers_evaluation_is_the_standalone_one(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    policy = _policy(tiny_model)
+    move_adapter(policy)
+    trainer = PreferenceTrainer(
+        policy, args=_arguments(tmp_path), train_data=rows, eval_data=rows, reference_is="base"
+    )
+    metrics = trainer.evaluate()
+    expected = evaluate_pairs(policy, rows, trainer.objective, pad_id=0, batch_size=3)
+    for name, estimate in expected.estimates.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(estimate.mean, rel=1e-5, abs=1e-6)
+
+
+def test_evaluation_does_not_move_the_random_numbers_of_training(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    runs = []
+    for strategy in ({"eval_strategy": "no"}, {"eval_strategy": "steps", "eval_steps": 1}):
+        arguments = _arguments(tmp_path, **strategy)
+        policy = _policy(tiny_model, dropout=0.3)
+        trainer = PreferenceTrainer(policy, args=arguments, train_data=rows, eval_data=rows)
+        trainer.train()
+        runs.append(_weights(trainer.model))
+    assert torch.equal(*runs)
+
+
+class _Kill(TrainerCallback):
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def _resumable(
+    tiny_model: Path, rows: Tokenised, folder: Path, callbacks: Any = (), **changes: Any
+) -> PreferenceTrainer:
+    values = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "logging_steps": 2,
+        "num_train_epochs": 2,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        **changes,
+    }
+    return PreferenceTrainer(
+        _policy(tiny_model, dropout=0.2),
+        args=_arguments(folder, **values),
+        train_data=rows,
+        eval_data=rows,
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, number: int
+) -> None:
+    whole = _resumable(tiny_model, rows, tmp_path / "whole")
+    whole.train()
+    broken = _resumable(tiny_model, rows, tmp_path / "broken", [_Kill(4, number)])
+    with pytest.raises(TrainingError, match="stopped at step 5 of 8; a checkpoint is saved"):
+        broken.train()
+    assert list_checkpoints(tmp_path / "broken")[-1].name == "checkpoint-5"
+    resumed = _resumable(tiny_model, rows, tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(_weights(resumed.model), _weights(whole.model))
+    assert _logs(resumed) == _logs(whole)
+
+
+def test_a_resume_from_another_reference_or_other_facts_is_refused(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    _resumable(tiny_model, rows, tmp_path).train()
+    other = _resumable(tiny_model, rows, tmp_path)
+    other.facts = {"objective": "dpo(beta=0.5, label_smoothing=0)"}
+    with pytest.raises(TrainingError, match=r"saved by another run \(objective: "):
+        other.train(resume_from_checkpoint=True)
+    moved = _policy(tiny_model)
+    for parameter in moved.get_base_model().lm_head.parameters():
+        parameter.data *= 1.05
+    changed = PreferenceTrainer(moved, args=_arguments(tmp_path), train_data=rows)
+    with pytest.raises(TrainingError, match="the reference or the data is not the one"):
+        changed.train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_none_is_an_error(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    _resumable(tiny_model, rows, tmp_path).train()
+    newest = list_checkpoints(tmp_path)[-1]
+    assert newest.name == "checkpoint-8"
+    adapter = newest / "adapter_model.safetensors"
+    data = bytearray(adapter.read_bytes())
+    data[-1] ^= 1
+    adapter.write_bytes(data)
+    folder, _, damaged = latest_checkpoint(tmp_path)
+    assert folder.name == "checkpoint-6"
+    assert "adapter_model.safetensors" in damaged[0]
+    for checkpoint in list_checkpoints(tmp_path):
+        (checkpoint / MANIFEST).unlink()
+    with pytest.raises(OutputError, match="nothing to resume from"):
+        latest_checkpoint(tmp_path)
+
+
+def test_rotation_keeps_the_newest_and_the_best_and_no_pickle_of_arguments(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    trainer = _resumable(
+        tiny_model,
+        rows,
+        tmp_path,
+        save_steps=1,
+        eval_steps=1,
+        save_total_limit=2,
+        learning_rate=3.0,
+    )
+    trainer.train()
+    kept = [folder.name for folder in list_checkpoints(tmp_path)]
+    assert f"checkpoint-{trainer.state.max_steps}" in kept
+    assert Path(trainer.state.best_model_checkpoint).name in kept
+    assert len(kept) <= 3
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_rows_named_and_nothing_updated(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    trainer = PreferenceTrainer(_policy(tiny_model), args=_arguments(tmp_path), train_data=rows)
+    before = _weights(trainer.model).clone()
+    bad = trainer.train_dataset[3]["row"]
+    plain = trainer._stats
+
+    def poisoned(model: Any, part: Any) -> Any:
+        stats = plain(model, part)
+        hit = [i for i, row in enumerate(part) if row["row"] == bad]
+        for i in hit:
+            stats.policy_chosen_logps.data[i] = float("nan")
+        return stats
+
+    trainer.self_check = list  # type: ignore[method-assign]  # it would meet the poison first
+    trainer._stats = poisoned  # type: ignore[method-assign]
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = 16
+    with pytest.raises(TrainingError, match=rf"loss is not a finite number; rows <memory>:{bad}\b"):
+        trainer.train()
+    assert torch.equal(_weights(trainer.model), before)
+
+
+def test_weights_that_hardly_move_are_warned_about(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rate, warned in ((1e-20, True), (1e-3, False)):
+        caplog.clear()
+        arguments = _arguments(tmp_path, learning_rate=rate, num_train_epochs=4)
+        PreferenceTrainer(_policy(tiny_model), args=arguments, train_data=rows).train()
+        assert ("adapter weights have moved" in caplog.text) is warned
+
+
+def test_the_self_check_says_what_the_reference_is_and_catches_a_wrong_one(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    trainer = PreferenceTrainer(_policy(tiny_model), args=_arguments(tmp_path), train_data=rows)
+    lines = "\n".join(trainer.self_check())
+    assert "reference: the base model with its adapters disabled" in lines
+    assert "log-ratio 0), loss 0.6931 = its start value 0.6931" in lines
+    plain = trainer._stats
+
+    def wrong(model: Any, part: Any) -> Any:
+        stats = plain(model, part)
+        stats.reference_chosen_logps.data += 1.0
+        return stats
+
+    trainer._stats = wrong  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="The reference is wrong"):
+        trainer.self_check()
+
+
+def test_an_objective_without_reference_trains_without_running_it(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    bound = objectives.get("dpo_reference_free").bind(beta=0.2)
+    trainer = PreferenceTrainer(
+        _policy(tiny_model), objective=bound, args=_arguments(tmp_path), train_data=rows
+    )
+    assert "reads no reference" in trainer.self_check()[-1]
+    trainer.train()
+    logs = _logs(trainer)
+    assert "logratios/chosen" not in logs[0]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+def test_raw_rows_need_a_tokenizer_and_then_train(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="needs tokenizer"):
+        PreferenceTrainer(_policy(tiny_model), args=_arguments(tmp_path), train_data=pairs)
+    trainer = PreferenceTrainer(
+        _policy(tiny_model),
+        args=_arguments(tmp_path, max_steps=1),
+        train_data=pairs,
+        tokenizer=AutoTokenizer.from_pretrained(tiny_model),
+    )
+    path = tmp_path / "metrics.jsonl"
+    trainer.write_metrics_to(path)
+    trainer.train()
+    assert json.loads(path.read_text().splitlines()[0])["loss"] == pytest.approx(0.693147, abs=1e-5)
