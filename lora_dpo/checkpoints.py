@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.errors import OutputError
+from lora_dpo.errors import OutputError, TrainingError
 from lora_dpo.store import MANIFEST, read_manifest, write_manifest
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -48,6 +48,23 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     raise OutputError(
         f"{run}: nothing to resume from ({found}). Start the run afresh in another output.dir."
     )
+
+
+def check_facts(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose facts are not those of the run that wants to go on from it.
+
+    Raises:
+        TrainingError: names every fact that differs.
+    """
+    different = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if different:
+        told = "; ".join(
+            f"{k}: {found.get(k)!r} there, {expected.get(k)!r} here" for k in different
+        )
+        raise TrainingError(
+            f"{folder}: saved by another run ({told}). Resume with the config of that run, or start "
+            "afresh in another output.dir."
+        )
 
 
 def rotate(run: Path, *, keep: int | None, best: Path | None) -> None:

@@ -123,7 +123,7 @@ def mean_interval(values: Array, clusters: NDArray[np.int64], level: float = 0.9
     count = int(clusters.max()) + 1
     if count < 2:
         return Estimate(mean, -math.inf, math.inf)
-    half = stats.t.ppf((1 + level) / 2, count - 1) * math.sqrt(_variance(values, clusters))
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * math.sqrt(_variance(values, clusters))
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -6,6 +6,8 @@ the mean over every pair since the last one and not over the last micro-batch.
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -64,3 +66,11 @@ class Window:
         )
         self.sums, self.pairs = {}, 0
         return found
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the peak memory of the process so far, GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -26,6 +26,7 @@ from transformers import set_seed
 from lora_dpo import objectives
 from lora_dpo.arguments import build_arguments
 from lora_dpo.card import model_card
+from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, ExportError, OutputError
@@ -158,6 +159,11 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         )
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
+    if resume:
+        checkpoint, facts, _ = latest_checkpoint(folder)
+        check_facts(
+            checkpoint, facts, {**_checkpoint_facts(config), "reference": facts["reference"]}
+        )
     check_base(config.model)
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer, objective.objective.data)

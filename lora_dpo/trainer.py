@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +21,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
 from lora_dpo.callbacks import ConsoleCallback, JsonlCallback, MovementCallback, StopCallback
-from lora_dpo.checkpoints import clear_unfinished, latest_checkpoint, rotate, seal_checkpoint
+from lora_dpo.checkpoints import (
+    check_facts,
+    clear_unfinished,
+    latest_checkpoint,
+    rotate,
+    seal_checkpoint,
+)
 from lora_dpo.data import Tokenised, collate_pairs, load_preferences, tokenise
 from lora_dpo.errors import ConfigError, DataError, TrainingError
 from lora_dpo.evaluation import summarise
 from lora_dpo.forward import check_head, pair_stats
 from lora_dpo.logprobs import CHUNK_TOKENS
-from lora_dpo.metrics import Window, pair_metrics
+from lora_dpo.metrics import Window, pair_metrics, peak_gib
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
     describe_policy,
@@ -327,18 +331,7 @@ class PreferenceTrainer(Trainer):
         else:
             folder = Path(str(asked))
             facts = read_manifest(folder)
-        expected = {**self.facts, "reference": describe_reference(self.model)}
-        different = sorted(
-            k for k in expected.keys() | facts.keys() if expected.get(k) != facts.get(k)
-        )
-        if different:
-            told = "; ".join(
-                f"{k}: {facts.get(k)!r} there, {expected.get(k)!r} here" for k in different
-            )
-            raise TrainingError(
-                f"{folder}: saved by another run ({told}). Resume with the config of that run, or start "
-                "afresh in another output.dir."
-            )
+        check_facts(folder, facts, {**self.facts, "reference": describe_reference(self.model)})
         state = read_json(folder / STATE)
         self._probe()
         before, now = torch.tensor(state["reference_logps"]), torch.tensor(self._check_logps)
@@ -358,7 +351,7 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             seconds = max(time.monotonic() - self._clock, 1e-9)
             logs = {**logs, **self.window.means(), "tokens_per_second": self._tokens / seconds}
-            logs["memory/peak_gib"] = _peak_gib(self.args.device)
+            logs["memory/peak_gib"] = peak_gib(self.args.device)
             self._clock, self._tokens = time.monotonic(), 0
         super().log(logs, start_time)
 
@@ -420,11 +413,3 @@ def _length(row: dict[str, Any]) -> int:
 
 def _finite(value: float) -> bool:
     return abs(value) != float("inf") and value == value
-
-
-def _peak_gib(device: torch.device) -> float:
-    """Peak memory of the process so far: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -122,7 +122,7 @@ def is_fresh(policy: PeftModel) -> bool:
         if isinstance(module, LoraLayer):
             factors = (*module.lora_B.items(), *module.lora_embedding_B.items())
             for key, factor in factors:
-                weight = factor.weight if isinstance(factor, nn.Module) else factor
+                weight: Any = factor.weight if isinstance(factor, nn.Module) else factor
                 if key == name and bool(weight.detach().count_nonzero()):
                     return False
         elif isinstance(module, peft.utils.ModulesToSaveWrapper) and name in module.modules_to_save:

@@ -1,0 +1,29 @@
+"""Preference data: recognised, checked, tokenised and padded. This room knows no model."""
+
+from lora_dpo.data.collating import LabelledBatch, PairBatch, collate_labelled, collate_pairs
+from lora_dpo.data.lengths import Lengths, Summary
+from lora_dpo.data.loading import load_preferences
+from lora_dpo.data.preferences import Preferences
+from lora_dpo.data.records import Labelled, Message, Origin, Pair
+from lora_dpo.data.report import DataReport
+from lora_dpo.data.sources import Source
+from lora_dpo.data.tokenising import Tokenised, tokenise
+
+__all__ = [
+    "DataReport",
+    "Labelled",
+    "LabelledBatch",
+    "Lengths",
+    "Message",
+    "Origin",
+    "Pair",
+    "PairBatch",
+    "Preferences",
+    "Source",
+    "Summary",
+    "Tokenised",
+    "collate_labelled",
+    "collate_pairs",
+    "load_preferences",
+    "tokenise",
+]

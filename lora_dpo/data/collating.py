@@ -1,0 +1,122 @@
+"""Rows of token ids to padded tensors. Masks come from lengths, so the pad token may be EOS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from lora_dpo.data.records import Origin
+from lora_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Side = Literal["right", "left"]
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Pairs as one batch: all chosen rows first, then all rejected rows in the same order."""
+
+    input_ids: torch.Tensor  # [2 * pairs, time] long
+    attention_mask: torch.Tensor  # [2 * pairs, time] long, 1 at tokens
+    completion_mask: torch.Tensor  # [2 * pairs, time] bool, True at tokens of the answer
+    origins: tuple[Origin, ...]  # [pairs]
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs the batch holds."""
+        return len(self.origins)
+
+    def to(self, device: Any) -> PairBatch:
+        """Return the batch on a device."""
+        return _moved(self, lambda tensor: tensor.to(device))
+
+    def pin_memory(self) -> PairBatch:
+        """Return the batch in pinned memory (torch's DataLoader calls this)."""
+        return _moved(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch:
+    """Single answers with their labels."""
+
+    input_ids: torch.Tensor  # [rows, time] long
+    attention_mask: torch.Tensor  # [rows, time] long, 1 at tokens
+    completion_mask: torch.Tensor  # [rows, time] bool, True at tokens of the answer
+    label: torch.Tensor  # [rows] bool, True: wanted
+    origins: tuple[Origin, ...]  # [rows]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch holds."""
+        return len(self.origins)
+
+    def to(self, device: Any) -> LabelledBatch:
+        """Return the batch on a device."""
+        return _moved(self, lambda tensor: tensor.to(device))
+
+    def pin_memory(self) -> LabelledBatch:
+        """Return the batch in pinned memory (torch's DataLoader calls this)."""
+        return _moved(self, lambda tensor: tensor.pin_memory())
+
+
+def collate_pairs(
+    rows: Sequence[Mapping[str, Any]], *, pad_id: int, padding_side: Side = "right"
+) -> PairBatch:
+    """Pad pairs to the longest row of the batch."""
+    sides = [(row["prompt_ids"], row[f"{name}_ids"]) for name in _PAIR for row in rows]
+    return PairBatch(*_pad(sides, pad_id, padding_side), _origins(rows))
+
+
+def collate_labelled(
+    rows: Sequence[Mapping[str, Any]], *, pad_id: int, padding_side: Side = "right"
+) -> LabelledBatch:
+    """Pad labelled rows to the longest row of the batch."""
+    import torch
+
+    tensors = _pad([(r["prompt_ids"], r["completion_ids"]) for r in rows], pad_id, padding_side)
+    label = torch.tensor([bool(row["label"]) for row in rows])
+    return LabelledBatch(*tensors, label, _origins(rows))
+
+
+_PAIR = ("chosen", "rejected")
+Batch = TypeVar("Batch", PairBatch, LabelledBatch)
+
+
+def _pad(
+    sides: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, padding_side: Side
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    if not sides:
+        raise DataError("a batch without rows cannot be padded; at least one row is expected.")
+    if padding_side not in ("right", "left"):
+        raise DataError(f"padding_side is {padding_side!r}; expected 'right' or 'left'.")
+    time = max(len(prompt) + len(answer) for prompt, answer in sides)
+    ids = torch.full((len(sides), time), pad_id, dtype=torch.long)  # [rows, time]
+    attention = torch.zeros_like(ids)
+    completion = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(sides):
+        length = len(prompt) + len(answer)
+        start = 0 if padding_side == "right" else time - length
+        ids[i, start : start + length] = torch.tensor([*prompt, *answer], dtype=torch.long)
+        attention[i, start : start + length] = 1
+        completion[i, start + len(prompt) : start + length] = True
+    return ids, attention, completion
+
+
+def _origins(rows: Sequence[Mapping[str, Any]]) -> tuple[Origin, ...]:
+    return tuple(
+        Origin(row.get("file", "<memory>"), row.get("row", i + 1)) for i, row in enumerate(rows)
+    )
+
+
+def _moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    import torch
+
+    tensors: dict[str, Any] = {
+        k: move(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)
+    }
+    return replace(batch, **tensors)

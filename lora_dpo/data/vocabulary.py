@@ -1,0 +1,158 @@
+"""What a tokenizer does at the edges of a text: first and last tokens, and look-alikes of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from lora_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TAIL = 200  # characters: a generation prompt is shorter
+
+AddBos = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, the tokens it opens a text with, and the tokens that end an answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    add_bos: AddBos
+    stops: frozenset[int]
+    eos: int
+    bos: int | None
+    opening: tuple[int, ...] = field(default=())
+
+    def encode(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+        """Tokenise texts without opening tokens; ``plain``: control tokens in them stay text."""
+        if not texts:
+            return []
+        out = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = out["input_ids"]
+        return ids
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Return the exact texts of token ids, control tokens included."""
+        if not ids:
+            return []
+        decoded = self.tokenizer.batch_decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return list(decoded)
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """All added tokens by text, and the stop tokens, longest text first."""
+        table = {str(t.content): i for i, t in self.tokenizer.added_tokens_decoder.items()}
+        for stop in self.stops:
+            table.setdefault(self.decode([[stop]])[0], stop)
+        found = {text: i for text, i in table.items() if text.strip()}
+        return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        decoder = self.tokenizer.added_tokens_decoder.values()
+        texts = {str(token.content) for token in decoder if token.special}
+        texts |= {str(text) for text in self.tokenizer.all_special_tokens}
+        longest_first = sorted((t for t in texts if t.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @cached_property
+    def _starts(self) -> tuple[str, ...]:
+        if self._control is None:
+            return ()
+        return tuple(
+            {str(text)[:2] for text in self.tokenizer.all_special_tokens if text.strip()}
+            | {
+                str(t.content)[:2]
+                for t in self.tokenizer.added_tokens_decoder.values()
+                if t.special and t.content.strip()
+            }
+        )
+
+    def control_text(self, text: str) -> re.Match[str] | None:
+        """Return the first place where a text imitates a control token."""
+        # Hundreds of alternatives make the pattern slow; nearly all texts fail this cheap test.
+        if self._control is None or not any(start in text for start in self._starts):
+            return None
+        return self._control.search(text)
+
+    @cached_property
+    def _boundaries(self) -> re.Pattern[str] | None:
+        return re.compile("|".join(map(re.escape, self.added))) if self.added else None
+
+    def tail(self, text: str) -> str:
+        """Return the end of a rendered prompt from its last control token on, or all of it.
+
+        No token reaches across a control token, so behind the tail an answer is tokenised as
+        behind the whole prompt.
+        """
+        start = max(0, len(text) - _TAIL)
+        matches = self._boundaries.finditer(text, start) if self._boundaries else ()
+        return text[max((match.start() for match in matches), default=0) :]
+
+    def without_bos(self, text: str) -> tuple[str, int]:
+        """Return a text without its BOS texts, and how many there were."""
+        return _strip(text, str(self.tokenizer.bos_token or ""), front=True)
+
+    def without_eos(self, text: str) -> tuple[str, int]:
+        """Return a text without its EOS texts, and how many there were."""
+        return _strip(text, str(self.tokenizer.eos_token), front=False)
+
+    def name(self, token: int) -> str:
+        """Return a token's text for a sentence."""
+        return self.decode([[token]])[0]
+
+
+def read_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, add_bos: AddBos, stop_ids: Sequence[int]
+) -> Vocabulary:
+    """Look at what a tokenizer puts around a text, and check that an answer can be ended."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if not isinstance(eos, int):
+        raise DataError(
+            "the tokenizer has no end-of-text token, so no answer could ever end. Set "
+            "tokenizer.eos_token to the token that the model stops at."
+        )
+    if add_bos not in ("auto", "always", "never"):
+        raise DataError(f"add_bos is {add_bos!r}; expected 'auto', 'always' or 'never'.")
+    if add_bos == "always" and not isinstance(bos, int):
+        raise DataError("add_bos is 'always', but the tokenizer has no BOS token; use 'auto'.")
+    stops = frozenset({*map(int, stop_ids), eos})
+    bare = Vocabulary(tokenizer, add_bos, stops, eos, bos if isinstance(bos, int) else None)
+    return Vocabulary(tokenizer, add_bos, stops, eos, bare.bos, _opening(bare))
+
+
+def _opening(vocabulary: Vocabulary) -> tuple[int, ...]:
+    probe = "a"
+    plain = vocabulary.encode([probe], plain=False)[0]
+    full = vocabulary.tokenizer(probe, verbose=False)["input_ids"]
+    places = range(len(full) - len(plain) + 1)
+    start = next((i for i in places if full[i : i + len(plain)] == plain), 0)
+    opening = tuple(full[:start])
+    if vocabulary.add_bos == "never":
+        return tuple(token for token in opening if token != vocabulary.bos)
+    if vocabulary.add_bos == "always" and vocabulary.bos not in opening:
+        return (int(vocabulary.bos or 0), *opening)
+    return opening
+
+
+def _strip(text: str, token: str, *, front: bool) -> tuple[str, int]:
+    count = 0
+    while token and (text.startswith(token) if front else text.endswith(token)):
+        text = text[len(token) :] if front else text[: -len(token)]
+        count += 1
+    return text, count
