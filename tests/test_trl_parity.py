@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from lora_dpo import objectives
-from lora_dpo.data import load_preferences, tokenise
+from lora_dpo.data import collate_pairs, load_preferences, tokenise
+from lora_dpo.forward import pair_stats
 from lora_dpo.policy import load_policy
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
@@ -109,6 +110,7 @@ def test_one_optimiser_step_equals_trls(
     tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, beta: float, std: float
 ) -> None:
     four = pairs[:4]
+    torch.manual_seed(0)
     policy = load_policy(tiny_model, lora=peft.LoraConfig(**LORA))
     move_adapter(policy, std=std)
     adapter = {n: p.detach().clone() for n, p in policy.named_parameters() if "lora_" in n}
@@ -122,6 +124,10 @@ def test_one_optimiser_step_equals_trls(
         assert list(rows.rows[column]) == list(their_rows[column])
     assert len({len(ids) for ids in rows.rows["chosen_ids"]}) > 1
 
+    with torch.no_grad():
+        margins = beta * pair_stats(policy.eval(), collate_pairs(rows.rows, pad_id=0)).margins
+    assert 0.3 < float(margins.abs().mean()) < 3  # else every beta would give ln 2
+
     keep = Gradients()
     trainer = PreferenceTrainer(
         policy,
@@ -134,7 +140,6 @@ def test_one_optimiser_step_equals_trls(
     trainer.train()
     log = trainer.state.log_history[0]
 
-    assert 0.3 < abs(log["rewards/margins"]) < 3  # else every beta would give ln 2
     assert log["loss"] == pytest.approx(their_loss, abs=1e-4)
     mine, theirs = (
         torch.cat([found[key].flatten() for key in sorted(keep.found)])
