@@ -11,7 +11,8 @@ PINS := $(VENV)/constraints.txt
 .PHONY: quickstart test clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
-	$(BIN)/lora-dpo quickstart
+	rm -rf quickstart-run
+	$(BIN)/lora-dpo quickstart --to quickstart-run
 
 test: $(VENV)/.installed-test  ## lint, types and all tests
 	scripts/check $(BIN)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -301,18 +304,37 @@ def _prove(
 
 
 def _load_plain(folder: Path, compute: torch.dtype) -> nn.Module:
-    """Load the export as anyone would; on a card that is too small, layer by layer."""
+    """Load the export as anyone would; layers that do not fit are read from disk at each call."""
     from transformers import AutoModelForCausalLM
 
-    place: Any = {"": "cpu"} if default_device().type == "cpu" else "auto"
+    on_cpu = default_device().type == "cpu"
+    # The rest is for activations, and for the system to keep the files of the other layers at hand.
+    room = {"cpu": _free_memory() * 3 // 4} if on_cpu else None
+    spilled = tempfile.TemporaryDirectory(prefix="lora-dpo-")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=compute, device_map=place, output_loading_info=True
+        folder,
+        dtype=compute,
+        device_map="auto",
+        max_memory=room,
+        offload_folder=spilled.name,
+        output_loading_info=True,
     )
     model, info = loaded
+    weakref.finalize(model, spilled.cleanup)
     wrong = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and "keys" in k}
     if wrong:
         raise ExportError(f"the merged folder does not load cleanly: {wrong}.")
     return model  # type: ignore[no-any-return]
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can still be taken; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return sys.maxsize
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024  # given in kB
 
 
 def _zip(mine: list[int], other: list[int]) -> list[tuple[int | None, int | None]]:

@@ -1,0 +1,143 @@
+"""What the documents say is executed: README's commands and snippets, every YAML, every example."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lora_dpo
+from lora_dpo.arguments import build_arguments
+from lora_dpo.cli import app
+from lora_dpo.config import Config
+from lora_dpo.objectives import OBJECTIVES
+from lora_dpo.policy import check_base
+from lora_dpo.preparing import load_tokenizer, prepare_data
+from lora_dpo.run import _bound, _build_trainer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_readmes_commands_run_on_the_bundled_model(
+    tmp_path: Path, quickstart_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word for word, but for the 7B base, the user's file, the length of training and the folders."""
+    monkeypatch.chdir(ROOT)
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    lora-dpo ")]
+    assert [line.split()[1] for line in lines] == [
+        "train",
+        "eval",
+        "generate",
+        "export",
+        "objectives",
+    ]
+    changes = {
+        "model.base": quickstart_model,
+        "data.train": ROOT / "lora_dpo" / "quickstart" / "data" / "heldout.jsonl",
+        "data.max_length": 256,
+        "train.max_steps": 2,
+        "train.gradient_accumulation_steps": 2,
+        "output.dir": tmp_path / "run",
+    }
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        words = [word.replace("runs/mistral-7b-dpo", str(tmp_path / "run")) for word in words]
+        words = [word.replace("out/merged", str(tmp_path / "merged")) for word in words]
+        if words[0] == "train":
+            words = [w for w in words if w not in ("--set", "data.train=prefs.jsonl")]
+            words = [x for w in words for x in (("--set", w) if "=" in w else (w,))]
+            words += [x for key, value in changes.items() for x in ("--set", f"{key}={value}")]
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 0, f"{line}\n{found.output}"
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert "beta: 0.05" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(ROOT)
+    first = blocks[0].replace("runs/readme", str(tmp_path / "readme"))
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["proof"].kl < 1e-4
+    exec(blocks[1], {})
+
+
+def test_readmes_map_names_every_room_and_no_other() -> None:
+    table = README.split("## The house")[1]
+    named = set(re.findall(r"`(?:lora_dpo/)?([a-z_]+)(?:\.py|/)`", table))
+    package = Path(lora_dpo.__file__).parent
+    rooms = {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
+    rooms |= {p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert rooms <= named
+    assert named - rooms == {"configs", "examples", "benchmarks", "tests"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_yaml_is_loaded_validated_and_built_on_a_tiny_model(
+    path: Path, tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    overrides = [f"model.base={tiny_model}", f"data.train={data}", f"output.dir={tmp_path / 'run'}"]
+    config = Config.load(path, [*overrides, "data.eval=null", "train.use_cpu=true"])
+    objective = _bound(config)
+    check_base(config.model)
+    arguments = build_arguments(config.train.further, output_dir=str(tmp_path), evaluates=True)
+    rows = prepare_data(config, load_tokenizer(config), objective.objective.data)
+    trainer = _build_trainer(config, objective, arguments, rows)
+    assert "loss 0.6931 = its start value" in trainer.self_check()[-1]
+    asked = config.train.further
+    step = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"]
+    assert trainer.args.per_device_train_batch_size == step
+    if "8bit" not in str(asked.get("optim")):  # the 8-bit optimisers run on GPUs alone
+        trainer.args.max_steps = 1
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_key_of_every_yaml_is_explained(path: Path) -> None:
+    keys = [line for line in path.read_text().splitlines() if re.match(r"  \w+: \S", line)]
+    plain = [line for line in keys if "#" not in line]
+    self_explaining = {"dir", "per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type"}
+    self_explaining |= {"max_grad_norm", "eval_steps", "eval", "train"}
+    assert {line.split(":")[0].strip() for line in plain} <= self_explaining
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "own_objective", "own_model"])
+def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    before = dict(OBJECTIVES)
+    try:
+        specification.loader.exec_module(module)
+        found = module.main(6)
+    finally:
+        OBJECTIVES.clear()
+        OBJECTIVES.update(before)
+    if name == "plain_loop":
+        assert found[0] == pytest.approx(0.693147, abs=1e-6) and found[-1] < 0.69
+    else:
+        assert found > 0.6 if name == "own_objective" else found < 0.693
+
+
+def test_the_command_prints_every_objective_and_all_of_one() -> None:
+    table = CliRunner().invoke(app, ["objectives"]).output
+    for name in OBJECTIVES:
+        assert name in table
+        one = CliRunner().invoke(app, ["objectives", name]).output
+        assert "Limits:" in one and OBJECTIVES[name].arxiv in one
+    wrong = CliRunner().invoke(app, ["objectives", "dpoo"])
+    assert wrong.exit_code == 1 and "Did you mean 'dpo'?" in wrong.output
