@@ -108,10 +108,8 @@ def test_every_yaml_is_loaded_validated_and_built_on_a_tiny_model(
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_key_of_every_yaml_is_explained(path: Path) -> None:
     keys = [line for line in path.read_text().splitlines() if re.match(r"  \w+: \S", line)]
-    plain = [line for line in keys if "#" not in line]
-    self_explaining = {"dir", "per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type"}
-    self_explaining |= {"max_grad_norm", "eval_steps", "eval", "train"}
-    assert {line.split(":")[0].strip() for line in plain} <= self_explaining
+    assert keys
+    assert [line for line in keys if " # " not in line] == []
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "own_objective", "own_model"])
