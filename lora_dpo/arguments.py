@@ -169,10 +169,12 @@ def _field_types_of_installed() -> dict[str, Any]:
 
 
 def _field_types() -> dict[str, Any]:
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the name changed in 5.23
+    flags = {name: bool for name in names}
     return {
         **_field_types_of_installed(),
-        "gradient_checkpointing": bool,
-        "gradient_checkpointing_kwargs": dict[str, Any] | None,
+        **flags,
+        **{f"{name}_kwargs": dict[str, Any] | None for name in names},
     }
 
 

@@ -132,6 +132,21 @@ def test_base_dropout_is_off_and_lora_dropout_as_asked(tiny_model: Path) -> None
     assert {m.p for m in policy.modules() if isinstance(m, nn.Dropout)} == {0.3}
 
 
+def test_base_dropout_of_a_users_own_model_is_turned_off_and_told(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base.model.extra = nn.Dropout(0.4)
+    lora = peft.LoraConfig(target_modules="all-linear", lora_dropout=0.2, task_type="CAUSAL_LM")
+    with caplog.at_level("INFO", logger="lora_dpo"):
+        policy = prepare_policy(peft.get_peft_model(base, lora))
+    assert "dropout of the base turned off in 3 modules" in caplog.text  # two attentions, one layer
+    assert base.model.extra.p == 0.0
+    assert base.model.layers[1].self_attn.attention_dropout == 0.0
+    dropouts = [m.p for n, m in policy.named_modules() if n.endswith("lora_dropout.default")]
+    assert set(dropouts) == {0.2}
+
+
 def test_gradients_are_those_of_a_dequantised_float32_copy_after_an_evaluation(
     tiny_model: Path, policy: PeftModel
 ) -> None:

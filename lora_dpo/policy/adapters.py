@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -21,8 +22,15 @@ from transformers import PreTrainedModel
 
 from lora_dpo.config import BASE_CHANGING_INITS, LoraConfig, ModelConfig
 from lora_dpo.errors import ModelError
-from lora_dpo.policy.bases import default_device, guard_cpu_kernels, load_base
+from lora_dpo.policy.bases import (
+    default_device,
+    guard_cpu_kernels,
+    load_base,
+    silence_base_dropout,
+)
 from lora_dpo.policy.switching import REFERENCE, describe_reference, policy_adapter, unwrap
+
+logger = logging.getLogger("lora_dpo")
 
 ADAPTER = "default"
 
@@ -98,6 +106,8 @@ def prepare_policy(
     name = policy_adapter(policy)
     _refuse_lora(policy.peft_config[name], f"adapter {name!r}")
     guard_cpu_kernels(policy)
+    if silenced := silence_base_dropout(policy):
+        logger.info("dropout of the base turned off in %d modules", len(silenced))
     start = reference_is == "start" or (reference_is == "auto" and not is_fresh(policy))
     if REFERENCE not in policy.peft_config and start:
         snapshot_reference(policy)

@@ -123,13 +123,36 @@ def guard_cpu_kernels(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def silence_base_dropout(model: nn.Module) -> list[str]:
+    """Turn off every dropout outside the adapters: noise in the policy alone moves the log-ratios.
+
+    Returns:
+        The names of the modules that were changed, for the log.
+    """
+    changed = []
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.p = 0.0
+            changed.append(name)
+        for key, value in vars(module).items():  # attention calls dropout with a number of its own
+            if _is_dropout(key) and isinstance(value, float) and value > 0:
+                setattr(module, key, 0.0)
+                changed.append(name)
+    return changed
+
+
 def _without_dropout(config: Any) -> Any:
-    """Set every dropout of the base to 0: noise in the policy alone would move the log-ratios."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
-            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+            if _is_dropout(key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
+
+
+def _is_dropout(key: str) -> bool:
+    return "dropout" in key or key.endswith("pdrop")
 
 
 def _quantisation(settings: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

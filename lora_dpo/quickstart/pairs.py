@@ -84,8 +84,9 @@ def draw_samples(
 
 
 def _as_sample(tokenizer: Any, ids: list[int]) -> Sample:
-    finished = tokenizer.eos_token_id in ids
-    story = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
+    ended = tokenizer.eos_token_id in ids
+    story = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+    finished = ended and not set(story) & set(tokenizer.all_special_ids)
     text = tokenizer.decode(story)
     return Sample(text, len(story), finished, true_reward(text))
 
