@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,26 +47,40 @@ def pair_metrics(objective: BoundObjective, stats: PairStats, losses: Tensor) ->
 
 @dataclass
 class Window:
-    """Sums of metrics since the last log line; part of a checkpoint, so that resuming loses none."""
+    """Sums of metrics since the last log line, kept on the device until they are read.
 
-    sums: dict[str, float] = field(default_factory=dict)
+    Part of a checkpoint, so that a resumed run logs what an uninterrupted one does.
+    """
+
+    names: list[str] = field(default_factory=list)
+    totals: Tensor | None = None  # [metric], float64
     pairs: int = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add a batch of per-pair values."""
-        names = list(values)
-        totals = torch.stack([values[name].double().sum() for name in names]).tolist()
-        for name, total in zip(names, totals, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + total
-        self.pairs += len(values[names[0]])
+        self.names = list(values)
+        totals = torch.stack([value.double().sum() for value in values.values()])
+        self.totals = totals if self.totals is None else self.totals.to(totals.device) + totals
+        self.pairs += len(values[self.names[0]])
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over all pairs added, and start again."""
-        found = (
-            {name: total / self.pairs for name, total in self.sums.items()} if self.pairs else {}
-        )
-        self.sums, self.pairs = {}, 0
-        return found
+        state = self.state()
+        self.totals, self.pairs = None, 0
+        return {name: total / state["pairs"] for name, total in state["sums"].items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values, exactly: float64 survives JSON."""
+        totals = [] if self.totals is None else self.totals.tolist()
+        sums = dict(zip(self.names, totals, strict=True)) if totals else {}
+        return {"sums": sums, "pairs": self.pairs}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Window:
+        """Return the window that ``state`` describes."""
+        sums = state["sums"]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64) if sums else None
+        return cls(list(sums), totals, state["pairs"])
 
 
 def peak_gib(device: torch.device) -> float:

@@ -60,6 +60,10 @@ _FREE_KEYS = {
 }
 
 
+# What a run has written before its first step: a start that failed there can simply be repeated.
+_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "reference"}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished (or saved) run: ``Run.open(folder)``, or what ``train`` returns."""
@@ -169,6 +173,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     data = prepare_data(config, tokenizer, objective.objective.data)
     for line in data.lines():
         logger.info(line)
+    if evaluates and data.held_out is None:  # too few prompts to hold any out
+        arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=False)
     with lock(folder):
         _write_settings(folder, config, data)
         set_seed(arguments.seed)
@@ -361,7 +367,7 @@ def _checkpoint_facts(config: Config) -> dict[str, Any]:
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
     used = folder.exists() and (
-        not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())
+        not folder.is_dir() or any(p.name not in _BEFORE_TRAINING for p in folder.iterdir())
     )
     if used and not resume:
         hint = "resume it with --resume, or " if (folder / "config.yaml").is_file() else ""

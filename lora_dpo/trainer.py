@@ -156,7 +156,7 @@ class PreferenceTrainer(Trainer):
 
     def _stats(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> PairStats:
         batch = collate_pairs(rows, pad_id=0).to(self.args.device)
-        self._tokens += int(batch.attention_mask.sum())
+        self._tokens += sum(_tokens(row) for row in rows)
         return pair_stats(
             model, batch, with_reference=self.objective.objective.reference, chunk=self.chunk_tokens
         )
@@ -317,8 +317,8 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
-        window = {"sums": self.window.sums, "pairs": self.window.pairs}
-        write_json(folder / STATE, {"window": window, "reference_logps": self._check_logps})
+        state = {"window": self.window.state(), "reference_logps": self._check_logps}
+        write_json(folder / STATE, state)
         seal_checkpoint(folder, {**self.facts, "reference": describe_reference(self.model)})
         best = self.state.best_model_checkpoint
         rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
@@ -340,7 +340,7 @@ class PreferenceTrainer(Trainer):
                 f"{folder}: the reference or the data is not the one that this run began with (its "
                 "log-probs of the first rows differ). Resume with the same base, adapter and data."
             )
-        self.window = Window(dict(state["window"]["sums"]), state["window"]["pairs"])
+        self.window = Window.of(state["window"])
         logger.info("resuming from %s", folder)
         return str(folder)
 
@@ -409,6 +409,10 @@ def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _length(row: dict[str, Any]) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 def _finite(value: float) -> bool:
