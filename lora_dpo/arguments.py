@@ -39,6 +39,11 @@ REFUSED = {
     "use_cache": "training uses no cache",
     "use_liger_kernel": "it replaces layers of the reference too, without a check; not supported",
     "neftune_noise_alpha": "noise in the policy alone moves the log-ratio; not supported",
+    "save_only_model": "a checkpoint without optimiser and random state could not be resumed from",
+    "dataloader_pin_memory": "rows are made into tensors a micro-batch at a time",
+    "fsdp": "give it to accelerate's launcher",
+    "deepspeed": "give it to accelerate's launcher",
+    "parallelism_config": "give it to accelerate's launcher",
     "train_sampling_strategy": "rows are shuffled with train.seed",
     "length_column_name": "rows are shuffled with train.seed",
     "include_num_input_tokens_seen": "tokens per second are always logged",
@@ -70,6 +75,19 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 
+# What a held-out evaluation reports, and a best model can be chosen by.
+METRICS = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -78,7 +96,11 @@ _AT_LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
 }
+_BELOW = {"seed": 2**32, "warmup_steps": 10**9, "logging_steps": 10**9, "save_steps": 10**9}
+_BELOW |= {"eval_steps": 10**9, "learning_rate": 10**3, "num_train_epochs": 10**6}
 _ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 
 
@@ -92,7 +114,9 @@ def argument_problems(values: Mapping[str, Any], ours: set[str]) -> list[str]:
     problems = []
     known = _field_types()
     for key, value in values.items():
-        if key in REFUSED:
+        if not isinstance(key, str):
+            problems.append(f"train: the key {key!r} is no text; expected the name of a setting.")
+        elif key in REFUSED:
             problems.append(f"train.{key}: not a setting here; {REFUSED[key]}.")
         elif key not in known:
             legal = (set(known) - set(REFUSED)) | ours
@@ -138,7 +162,7 @@ def build_arguments(
     fields.update(checkpointing_fields(merged))
     try:
         return TrainingArguments(output_dir=output_dir, **fields)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())}") from None
 
 
@@ -185,10 +209,18 @@ def _value_problems(key: str, value: Any, annotation: Any) -> list[str]:
     except ValidationError as error:
         messages = dict.fromkeys(problem["msg"] for problem in error.errors())
         return [f"{where}; {' or '.join(m[0].lower() + m[1:] for m in messages)}."]
-    if key in _AT_LEAST and checked < _AT_LEAST[key]:
+    if checked is None:
+        return []
+    if key in _AT_LEAST and not checked >= _AT_LEAST[key]:
         return [f"{where}; expected at least {_AT_LEAST[key]}."]
-    if key in _ABOVE_ZERO and checked is not None and checked <= 0:
+    if key in _ABOVE_ZERO and not checked > 0:
         return [f"{where}; expected a number above 0."]
+    if key in _BELOW and not checked < _BELOW[key]:
+        return [f"{where}; expected a number below {_BELOW[key]}."]
+    if key == "max_steps" and checked != -1 and checked < 1:
+        return [f"{where}; expected at least 1, or -1 to go by num_train_epochs."]
+    if key == "metric_for_best_model" and checked.removeprefix("eval_") not in METRICS:
+        return [f"{where}; expected one of {', '.join(METRICS)}.{nearest(checked, METRICS)}"]
     return []
 
 
@@ -196,7 +228,10 @@ def _converted(value: Any, annotation: Any) -> Any:
     """Return the value in its field's type: YAML reads 1e-4 as text, for one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # schemas of foreign types; the verdict is what counts
-        return TypeAdapter(_narrowed(annotation), config=_ADAPTER).validate_python(value)
+        kind = _narrowed(annotation)
+        if value is False and isinstance(kind, type) and issubclass(kind, Enum):
+            value = "no"  # YAML reads an unquoted no as False
+        return TypeAdapter(kind, config=_ADAPTER).validate_python(value)
 
 
 def _narrowed(annotation: Any) -> Any:

@@ -35,7 +35,7 @@ def _facts(config: Config, results: dict[str, Any], base: str) -> str:
     sources = ", ".join(_public(source.path) for source in config.data.train)
     rows = results.get("rows", {})
     lines = [
-        f"- base: {base}, held in {config.model.quantisation} while training",
+        f"- base: {base}; while training: {results.get('weights', config.model.quantisation)}",
         f"- reference: {results.get('reference', 'unknown')}",
         f"- objective: {results.get('objective', config.objective.name)}",
         f"- data: {sources}; {rows.get('train', '?')} rows trained on, {rows.get('held_out', '?')} held out",

@@ -155,6 +155,9 @@ def _user_errors() -> Iterator[None]:
     except LoraDpoError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None

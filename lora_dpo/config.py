@@ -153,12 +153,20 @@ class Config(Section):
         """Check a nested mapping; all problems are collected into one ``ConfigError``."""
         problems: list[str] = []
         config = None
+        # an empty section of a YAML is None, and means its defaults
+        values = {key: {} if value is None else value for key, value in values.items()}
         try:
             config = cls.model_validate(dict(values))
         except ValidationError as error:
             problems += _sentences(error)
         problems += _objective_problems(values.get("objective", {}))
         problems += _train_problems(values.get("train", {}))
+        defaults = LoraConfig()  # type: ignore[call-arg]
+        if config is not None and config.model.adapter and config.lora != defaults:
+            problems.append(
+                "lora: an adapter that is started from (model.adapter) brings its own rank, alpha and "
+                "targets; leave this section out."
+            )
         if problems or config is None:
             raise ConfigError(problems)
         return config
@@ -198,7 +206,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error}); a YAML file is expected.") from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -214,6 +222,10 @@ class _StrictLoader(yaml.SafeLoader):
 def _strict_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a word, not a list or a mapping", key_node.start_mark
+            )
         if key_node.value in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
@@ -234,7 +246,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             continue
         try:
             _set_key(values, key.strip(), yaml.load(value, Loader=_StrictLoader))
-        except (ConfigError, yaml.YAMLError) as error:
+        except (ConfigError, yaml.YAMLError, ValueError) as error:
             problems.append(f"--set {text}: {' '.join(str(error).split())}")
     if problems:
         raise ConfigError(problems)
@@ -258,7 +270,9 @@ _REQUIRED = {"model": "model.base", "data": "data.train", "output": "output.dir"
 
 def _sentences(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
-        place = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "str"))]
+        place = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
+        if problem["loc"][-1] == "str" and len(place) > 1:
+            place.pop()  # pydantic's name for one arm of a union
         where, given = ".".join(place), problem["input"]
         if problem["type"] == "extra_forbidden":
             legal = _legal_keys(place[:-1])
@@ -297,6 +311,9 @@ def _objective_problems(values: Any) -> list[str]:
         return []  # pydantic has said so
     from lora_dpo import objectives
 
+    wrong = [key for key in values if not isinstance(key, str)]
+    if wrong:
+        return [f"objective: the key {wrong[0]!r} is no text; expected the name of a setting."]
     further = {key: value for key, value in values.items() if key != "name"}
     try:
         objectives.get(str(values.get("name", "dpo"))).bind(**further)

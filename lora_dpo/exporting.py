@@ -14,6 +14,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,7 @@ def export_merged(
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     base: Literal["trained", "original"] = "trained",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     card: Callable[[Proof], str] = str,
     overwrite: bool = False,
 ) -> Proof:
@@ -99,8 +101,10 @@ def export_merged(
             before the merged model is loaded.
         sequences: held-out ``(prompt ids, completion ids)`` on which both are compared.
         base: ``trained`` merges into the weights the policy was trained on, dequantised, and is
-            gated; ``original`` into those of the checkpoint, and is reported.
+            gated; ``original`` into those of the checkpoint, and is reported. So is an 8-bit
+            policy, which rounds its activations too.
         dtype: of the files; that of the checkpoint if left out.
+        revision: of the base on the hub.
         card: makes the model card from the proof.
 
     Raises:
@@ -112,21 +116,27 @@ def export_merged(
     policy = release()
     causal = causal_lm(policy)
     source = str(causal.config._name_or_path)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=_remote(causal))
+    if getattr(causal.config, "auto_map", None):
+        raise ExportError(
+            f"{source}: a model with code of its own; plain transformers could not load a merge of it. "
+            "Export the adapter alone."
+        )
+    config = AutoConfig.from_pretrained(source, revision=revision)
     dtype = dtype or _stored_dtype(config)
-    original = _checkpoint_lookup(source) if base == "original" else None
+    original = _checkpoint_lookup(source, revision, config) if base == "original" else None
     with new_folder(to, overwrite=overwrite) as work:
         _check_disk(causal, dtype, work)
         _write_weights(merged_tensors(policy, original), dtype, work)
         _write_settings(causal, config, tokenizer, dtype, work)
-        before = _behaviour(policy, sequences)
-        noise = _mean_kl(before.logits, _logits(policy, sequences, batched=True))
-        compute = causal.get_input_embeddings().weight.dtype
+        gated = base == "trained" and not _is_8bit(policy)
+        with _float32(policy):
+            before = _behaviour(policy, sequences)
+            noise = _mean_kl(before.logits, _logits(policy, sequences, batched=True))
         del policy, causal
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        proof = _prove(work, compute, sequences, before, noise, gated=base == "trained")
+        proof = _prove(work, sequences, before, noise, gated=gated)
         write_json(work / "export_proof.json", {**asdict(proof), "base": base, "dtype": str(dtype)})
         write_text(work / "README.md", card(proof))
     return proof
@@ -197,6 +207,32 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer.chat_template and path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**values, "chat_template": tokenizer.chat_template})
+
+
+@contextmanager
+def _float32(policy: nn.Module) -> Iterator[None]:
+    """Compute in float32 inside the block: the proof is of the weights, not of 16-bit rounding."""
+    causal, changed = causal_lm(policy), []
+    for module in causal.modules():
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            changed.append((module, module.compute_dtype))
+            module.compute_dtype = torch.float32
+    halves = [
+        (p, p.dtype) for p in causal.parameters() if p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    for parameter, _ in halves:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, kind in halves:
+            parameter.data = parameter.data.to(kind)
+        for module, kind in changed:
+            module.compute_dtype = kind
+
+
+def _is_8bit(policy: nn.Module) -> bool:
+    return any(type(module).__name__ == "Linear8bitLt" for module in policy.modules())
 
 
 @dataclass
@@ -278,14 +314,13 @@ def _mean_kl(mine: Tensor, other: Tensor) -> float:
 
 def _prove(
     folder: Path,
-    compute: torch.dtype,
     sequences: Sequence[Any],
     before: _Behaviour,
     noise: float,
     *,
     gated: bool,
 ) -> Proof:
-    model = _load_plain(folder, compute)
+    model = _load_plain(folder, torch.float32)
     after = _behaviour(model, sequences)
     kl = _mean_kl(before.logits, after.logits)
     same = (before.logits.argmax(-1) == after.logits.argmax(-1)).double().mean()
@@ -343,17 +378,23 @@ def _zip(mine: list[int], other: list[int]) -> list[tuple[int | None, int | None
     return list(zip(*padded, strict=True))
 
 
-def _checkpoint_lookup(source: str) -> Callable[[str], Tensor]:
+def _checkpoint_lookup(source: str, revision: str | None, config: Any) -> Callable[[str], Tensor]:
     """Return a function that reads one tensor of the original checkpoint by its name."""
+    if getattr(config, "quantization_config", None):
+        raise ExportError(f"{source}: the checkpoint itself is quantised; use base='trained'.")
     from transformers.utils.hub import cached_file
 
     index = cached_file(
-        source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+        source,
+        "model.safetensors.index.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
     )
     names = json.loads(Path(index).read_text())["weight_map"] if index else None
 
     def look_up(name: str) -> Tensor:
-        file = cached_file(source, names[name] if names else "model.safetensors")
+        shard = names.get(name, "model.safetensors") if names else "model.safetensors"
+        file = cached_file(source, shard, revision=revision)
         with safe_open(file, framework="pt") as stream:
             if name not in stream.keys():  # noqa: SIM118 (not a dict)
                 raise ExportError(
@@ -381,7 +422,3 @@ def _stored_dtype(config: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-
-
-def _remote(causal: Any) -> bool:
-    return bool(getattr(causal.config, "auto_map", None))

@@ -33,9 +33,17 @@ from lora_dpo.errors import DataError, ExportError, OutputError
 from lora_dpo.evaluation import Evaluation, evaluate_pairs
 from lora_dpo.exporting import Proof, export_adapter, export_merged
 from lora_dpo.generation import Prompt, SideBySide, generate_side_by_side
+from lora_dpo.guards import (
+    check_context,
+    check_folder,
+    check_target,
+    checkpoint_facts,
+    settings_of_the_library,
+)
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
     check_base,
+    describe_policy,
     load_adapter,
     load_base,
     load_policy,
@@ -43,25 +51,10 @@ from lora_dpo.policy import (
     save_adapter,
 )
 from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
-from lora_dpo.store import fingerprint, lock, read_json, write_json, write_text
+from lora_dpo.store import lock, read_json, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 
 logger = logging.getLogger("lora_dpo")
-
-# Settings that may differ between a checkpoint and the run that resumes from it.
-_FREE_KEYS = {
-    "output",
-    "train.report_to",
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.run_name",
-    "data.cache_dir",
-}
-
-
-# What a run has written before its first step: a start that failed there can simply be repeated.
-_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "reference"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,17 @@ class Run:
         data = prepare_data(self.config, self.tokenizer(), self.objective.objective.data)
         if data.held_out is None:
             raise DataError(f"{self.folder}: the run has no held-out rows; give some with --data.")
+        if self.results.get("held_out_rows") not in (None, data.held_out.fingerprint):
+            raise DataError(
+                f"{self.folder}: the data has changed since the run, so its held-out rows may be ones "
+                "that it was trained on. Bring the old files back, or give held-out rows with --data."
+            )
         return data.held_out
+
+    def proof_rows(self) -> Tokenised:
+        """Return rows to compare an export on: held-out ones, else what the files hold now."""
+        data = prepare_data(self.config, self.tokenizer(), self.objective.objective.data)
+        return data.held_out if data.held_out is not None else data.train
 
     def _adapter_folder(self, checkpoint: str) -> Path:
         if checkpoint == "final":
@@ -155,7 +158,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     """
     config = _as_config(config).resolved()
     folder = Path(config.output.dir)
-    _check_folder(folder, resume=resume)
+    check_folder(folder, resume=resume)
     objective = _bound(config)
     if objective.objective.data != "paired":
         raise DataError(
@@ -166,9 +169,10 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     if resume:
         checkpoint, facts, _ = latest_checkpoint(folder)
         check_facts(
-            checkpoint, facts, {**_checkpoint_facts(config), "reference": facts["reference"]}
+            checkpoint, facts, {**checkpoint_facts(config), "reference": facts["reference"]}
         )
-    check_base(config.model)
+    base = check_base(config.model)
+    check_context(config, base)
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer, objective.objective.data)
     for line in data.lines():
@@ -178,7 +182,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     with lock(folder):
         _write_settings(folder, config, data)
         set_seed(arguments.seed)
-        trainer = _build_trainer(config, objective, arguments, data)
+        with settings_of_the_library():
+            trainer = _build_trainer(config, objective, arguments, data)
         if (start := config.model.adapter) is not None and not resume:
             save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
@@ -270,10 +275,7 @@ def export(
         The proof of a merge; None for an adapter alone.
     """
     run, target = _as_run(run), Path(to)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(
-            f"{target}: exists already and is not empty; choose another, or overwrite it."
-        )
+    check_target(run.folder, target, overwrite=overwrite)
     if not merge and (base != "trained" or dtype != "auto"):
         raise ExportError("export: 'base' and 'dtype' belong to a merge; give --merge with them.")
     tokenizer = run.tokenizer()
@@ -283,7 +285,7 @@ def export(
             run.load_policy(checkpoint), tokenizer, target, card=card, overwrite=overwrite
         )
         return None
-    sequences = _proof_sequences(run.held_out())
+    sequences = _proof_sequences(run.proof_rows())
     return export_merged(
         lambda: run.load_policy(checkpoint),
         tokenizer,
@@ -291,6 +293,7 @@ def export(
         sequences=sequences,
         base=base,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
+        revision=run.config.model.revision,
         card=lambda proof: model_card(run.config, run.results, proof=proof),
         overwrite=overwrite,
     )
@@ -302,6 +305,7 @@ def _build_trainer(
     model = config.model
     policy = load_policy(
         model.base,
+        device="cpu" if arguments.use_cpu else None,
         lora=None if model.adapter else peft_config(config.lora),
         adapter=model.adapter,
         **{k: v for k, v in model.model_dump().items() if k not in ("base", "adapter")},
@@ -313,7 +317,7 @@ def _build_trainer(
         train_data=data.train,
         eval_data=data.held_out,
         chunk_tokens=config.train.chunk_tokens,
-        facts=_checkpoint_facts(config),
+        facts=checkpoint_facts(config),
     )
     trainer.write_metrics_to(Path(config.output.dir) / "metrics.jsonl")
     return trainer
@@ -335,6 +339,8 @@ def _finish(
         "reference": trainer.reference_in_words,
         "steps": trainer.state.global_step,
         "chat": data.is_chat,
+        "weights": describe_policy(trainer.model).lines()[0],
+        "held_out_rows": data.held_out.fingerprint if data.held_out is not None else None,
         "rows": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
         "best_checkpoint": Path(best).name if best else None,
         "versions": versions(),
@@ -354,30 +360,6 @@ def _finish(
 def _write_settings(folder: Path, config: Config, data: RunData) -> None:
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "data.json", {name: r.to_dict() for name, r in data.reports.items()})
-
-
-def _checkpoint_facts(config: Config) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it must share, a fingerprint a section."""
-    values = config.to_dict()
-    for key in _FREE_KEYS:
-        section, _, name = key.partition(".")
-        values[section].pop(name, None) if name else values.pop(section)
-    return {section: fingerprint(part)[:16] for section, part in values.items()}
-
-
-def _check_folder(folder: Path, *, resume: bool) -> None:
-    used = folder.exists() and (
-        not folder.is_dir() or any(p.name not in _BEFORE_TRAINING for p in folder.iterdir())
-    )
-    if used and not resume:
-        hint = "resume it with --resume, or " if (folder / "config.yaml").is_file() else ""
-        raise OutputError(
-            f"output.dir {str(folder)!r}: exists already and is not empty; {hint}choose another folder."
-        )
-    if resume and not (folder / "config.yaml").is_file():
-        raise OutputError(
-            f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing)."
-        )
 
 
 def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:

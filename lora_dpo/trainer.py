@@ -7,7 +7,6 @@ weighs each pair by the pairs of the whole step on all ranks, so that 1 x 8 equa
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -28,8 +27,8 @@ from lora_dpo.checkpoints import (
     rotate,
     seal_checkpoint,
 )
-from lora_dpo.data import Tokenised, collate_pairs, load_preferences, tokenise
-from lora_dpo.errors import ConfigError, DataError, TrainingError
+from lora_dpo.data import collate_pairs
+from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import summarise
 from lora_dpo.forward import check_head, pair_stats
 from lora_dpo.logprobs import CHUNK_TOKENS
@@ -44,7 +43,16 @@ from lora_dpo.policy import (
     unwrap,
 )
 from lora_dpo.stats import PairStats
-from lora_dpo.store import read_json, read_manifest, write_json
+from lora_dpo.stepping import (
+    is_finite,
+    keep_rows,
+    one_batch_a_step,
+    refuse_objective,
+    row_length,
+    row_tokens,
+    tokenised,
+)
+from lora_dpo.store import MANIFEST, read_json, read_manifest, write_json
 
 logger = logging.getLogger("lora_dpo")
 
@@ -98,7 +106,7 @@ class PreferenceTrainer(Trainer):
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
         self.objective = bound
         self.chunk_tokens = chunk_tokens
-        self.facts = facts or {"objective": str(bound)}
+        refuse_objective(bound)
         self.window = Window()
         self.stop = StopCallback()
         self.micro_batch = args.per_device_train_batch_size
@@ -107,13 +115,16 @@ class PreferenceTrainer(Trainer):
         self._check_logps: list[float] = []
         self.evaluated_at = -1
         train, held_out = (
-            _tokenised(data, tokenizer, max_length) if data is not None else None
+            tokenised(data, tokenizer, max_length) if data is not None else None
             for data in (train_data, eval_data)
         )
+        if train is None or not len(train):
+            raise DataError("PreferenceTrainer: train_data holds no rows.")
+        self.facts = {**(facts or {"objective": str(bound)}), "rows": train.fingerprint[:16]}
         super().__init__(
             model=prepare_policy(policy, reference_is=reference_is),
-            args=_one_batch_a_step(args, unwrap(policy)),
-            data_collator=_keep_rows,
+            args=one_batch_a_step(args, unwrap(policy)),
+            data_collator=keep_rows,
             train_dataset=train.rows if train else None,
             eval_dataset=held_out.rows if held_out else None,
             compute_metrics=self._held_out_metrics,
@@ -131,7 +142,7 @@ class PreferenceTrainer(Trainer):
         """Backpropagate the mean loss over all pairs of the step; return it, detached."""
         model.train()
         rows = sorted(
-            inputs["rows"], key=_length, reverse=True
+            inputs["rows"].rows, key=row_length, reverse=True
         )  # the largest first: it fits or not
         pairs_of_step = self._over_ranks(len(rows))
         losses = []
@@ -156,7 +167,7 @@ class PreferenceTrainer(Trainer):
 
     def _stats(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> PairStats:
         batch = collate_pairs(rows, pad_id=0).to(self.args.device)
-        self._tokens += sum(_tokens(row) for row in rows)
+        self._tokens += sum(row_tokens(row) for row in rows)
         return pair_stats(
             model, batch, with_reference=self.objective.objective.reference, chunk=self.chunk_tokens
         )
@@ -173,7 +184,7 @@ class PreferenceTrainer(Trainer):
         )
         if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
             return
-        bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not _finite(loss)]
+        bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not is_finite(loss)]
         what = "loss" if bad else "gradient"
         places = ", ".join(f"{row['file']}:{row['row']}" for row in (bad or rows)[:10])
         raise TrainingError(
@@ -192,9 +203,11 @@ class PreferenceTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without moving the random numbers that training draws from."""
+        began, tokens = time.monotonic(), self._tokens
         with torch.random.fork_rng():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluated_at = self.state.global_step
+        self._clock, self._tokens = self._clock + time.monotonic() - began, tokens
         return metrics
 
     def prediction_step(
@@ -205,7 +218,7 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """Return per-pair metrics in place of logits; the library gathers them over ranks."""
-        rows = inputs["rows"]
+        rows = inputs["rows"].rows
         with torch.no_grad():
             stats = self._stats(model, rows)
             values = pair_metrics(self.objective, stats, self.objective(stats))
@@ -242,6 +255,11 @@ class PreferenceTrainer(Trainer):
         self._clock, self._tokens = time.monotonic(), 0
         with self.stop.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        saved = self.folder / f"checkpoint-{self.state.global_step}" / MANIFEST
+        if self.stop.signal is not None and not saved.is_file():
+            self._save_checkpoint(self.model, None)  # a save strategy can overrule the callback
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self.evaluated_at = -1  # the last evaluation was of another model
         if self.stop.signal is not None and self.state.global_step < self.state.max_steps:
             raise TrainingError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is "
@@ -369,51 +387,3 @@ class PreferenceTrainer(Trainer):
     def write_metrics_to(self, path: Path) -> None:
         """Keep every log line as JSON in ``path``."""
         self.add_callback(JsonlCallback(path))
-
-
-def _tokenised(data: Any, tokenizer: Any, max_length: int) -> Tokenised:
-    if isinstance(data, Tokenised):
-        return data
-    if tokenizer is None:
-        raise DataError("PreferenceTrainer: data that is not tokenised needs tokenizer=...")
-    return tokenise(load_preferences(data, kind="paired"), tokenizer, max_length=max_length)
-
-
-def _one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArguments:
-    """Return a copy whose batch is a whole step, with the mixed precision of the policy."""
-    if args.label_smoothing_factor:
-        raise ConfigError(
-            "args.label_smoothing_factor: preferences have no token labels to smooth; use "
-            "objectives.get('dpo').bind(label_smoothing=...)."
-        )
-    args = copy.copy(args)
-    args.per_device_train_batch_size *= args.gradient_accumulation_steps
-    args.gradient_accumulation_steps = 1
-    args.save_total_limit = None  # ours runs after the manifest is written
-    args.remove_unused_columns = False
-    args.logging_nan_inf_filter = False
-    args.label_names = []
-    args.dataloader_pin_memory = (
-        False  # rows travel as lists; tensors are made a micro-batch at a time
-    )
-    half = policy.get_input_embeddings().weight.dtype == torch.float16
-    if half and args.device.type == "cuda":
-        args.fp16 = True  # for the gradient scaler; forward() chooses the arithmetic itself
-    return args
-
-
-def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The library's collator: rows are padded later, a micro-batch at a time."""
-    return {"rows": rows}
-
-
-def _length(row: dict[str, Any]) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-
-def _tokens(row: dict[str, Any]) -> int:
-    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _finite(value: float) -> bool:
-    return abs(value) != float("inf") and value == value

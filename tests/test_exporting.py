@@ -80,7 +80,7 @@ def test_every_merged_weight_is_the_dequantised_one_plus_the_scaled_product(
     policy = _moved(tiny_model)
     layer = policy.get_base_model().model.layers[1].mlp.down_proj
     factors = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    expected = dequantised(layer.base_layer.weight) + factors * (32 / 16)
+    expected = dequantised(layer.base_layer) + factors * (32 / 16)
     merged = {tensor.name: tensor for tensor in merged_tensors(policy)}
     torch.testing.assert_close(merged["model.layers.1.mlp.down_proj.weight"].value, expected)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)

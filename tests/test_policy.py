@@ -160,9 +160,7 @@ def test_gradients_are_those_of_a_dequantised_float32_copy_after_an_evaluation(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for name, module in policy.get_base_model().named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            plain.get_submodule(name.removesuffix(".base_layer")).weight.data = dequantised(
-                module.weight
-            )
+            plain.get_submodule(name.removesuffix(".base_layer")).weight.data = dequantised(module)
     copy = load_policy(plain)
     copy.load_state_dict(
         {k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False

@@ -132,7 +132,9 @@ def test_an_adapter_is_started_from_and_is_then_the_reference(
     assert evaluate(second)["loss"].mean == pytest.approx(stored, abs=1e-4)
 
 
-def test_the_command_does_what_python_does(run: Run, values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_does_what_python_does(
+    run: Run, values: dict[str, Any], tmp_path: Path
+) -> None:
     """A real subprocess; the same config gives the same numbers."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -172,9 +174,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_end(
 
 
 @pytest.fixture
-def command(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def command(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs ``lora-dpo train`` on the good config with changes; weights must not load."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -277,7 +277,11 @@ def test_wrong_usage_exits_with_2() -> None:
 
 
 def test_commands_on_a_folder_that_is_no_run_say_so(tmp_path: Path) -> None:
-    for arguments in (["eval"], ["export", "--to", str(tmp_path / "x")], ["generate", "--prompt", "a"]):
+    for arguments in (
+        ["eval"],
+        ["export", "--to", str(tmp_path / "x")],
+        ["generate", "--prompt", "a"],
+    ):
         found = CliRunner().invoke(app, [arguments[0], str(tmp_path), *arguments[1:]])
         assert found.exit_code == 1
         assert "no run there" in found.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,18 @@ class Tokenised:
     report: DataReport
     summary: Summary
     cached: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) of every token of every row, in order."""
+        digest = hashlib.sha256()
+        table = self.rows.with_format("arrow")[:]
+        for name in sorted(n for n in table.column_names if n.endswith("_ids") or n == "label"):
+            column = table.column(name).combine_chunks()
+            parts = (column,) if name == "label" else (column.flatten(), column.value_lengths())
+            for array in parts:
+                digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)

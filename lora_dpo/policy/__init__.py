@@ -2,8 +2,6 @@
 
 from lora_dpo.policy.adapters import (
     ADAPTER,
-    PolicyFacts,
-    describe_policy,
     equals_reference,
     is_fresh,
     load_adapter,
@@ -14,6 +12,7 @@ from lora_dpo.policy.adapters import (
     snapshot_reference,
 )
 from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
+from lora_dpo.policy.facts import PolicyFacts, describe_policy
 from lora_dpo.policy.switching import (
     REFERENCE,
     describe_reference,

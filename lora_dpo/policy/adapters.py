@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,7 +29,14 @@ from lora_dpo.policy.bases import (
     load_base,
     silence_base_dropout,
 )
-from lora_dpo.policy.switching import REFERENCE, describe_reference, policy_adapter, unwrap
+from lora_dpo.policy.checks import (
+    CHANGED_BASE,
+    refuse_layers,
+    refuse_lora,
+    refuse_tied_head,
+    refuse_unmatched,
+)
+from lora_dpo.policy.switching import REFERENCE, policy_adapter, unwrap
 
 logger = logging.getLogger("lora_dpo")
 
@@ -68,21 +76,20 @@ def load_policy(
         guard_cpu_kernels(model)
         model.requires_grad_(False)
     else:
-        model = load_base(
-            ModelConfig(base=str(base), quantisation=quantisation, **settings),  # type: ignore[arg-type]
-            place,
-        )
+        settings["quantisation"] = quantisation
+        model = load_base(ModelConfig(base=str(base), **settings), place)
     if adapter is not None:
         return _start_from(model, Path(adapter))
     if lora is None or isinstance(lora, LoraConfig):
         lora = peft_config(lora or LoraConfig())  # type: ignore[call-arg]
-    _refuse_lora(lora, "lora")
-    _refuse_tied_head(model, lora)
+    refuse_lora(lora, "lora")
+    refuse_tied_head(model, lora)
     try:
         with _peft_without_its_own_warnings():
             policy = peft.get_peft_model(model, lora, adapter_name=ADAPTER)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, re.error) as error:
         raise ModelError(f"lora: {' '.join(str(error).split())[:400]}") from None
+    refuse_unmatched(policy, lora)
     return prepare_policy(policy)
 
 
@@ -104,7 +111,8 @@ def prepare_policy(
             base weights, trained biases, or nothing that is trained.
     """
     name = policy_adapter(policy)
-    _refuse_lora(policy.peft_config[name], f"adapter {name!r}")
+    refuse_lora(policy.peft_config[name], f"adapter {name!r}")
+    refuse_layers(policy, name)
     guard_cpu_kernels(policy)
     if silenced := silence_base_dropout(policy):
         logger.info("dropout of the base turned off in %d modules", len(silenced))
@@ -214,72 +222,8 @@ def peft_config(settings: LoraConfig) -> peft.LoraConfig:
     )
 
 
-@dataclass(frozen=True)
-class PolicyFacts:
-    """What a policy consists of, for people to read before training."""
-
-    reference: str
-    trainable: int
-    total_layers: dict[str, int]
-    adapted: tuple[str, ...]
-    unadapted: tuple[str, ...]
-    compute_dtype: str
-    unquantised: tuple[str, ...]
-
-    def lines(self) -> list[str]:
-        """Return a few sentences."""
-        weights = ", ".join(f"{count} {kind}" for kind, count in sorted(self.total_layers.items()))
-        return [
-            f"linear layers: {weights}; everything else in {self.compute_dtype}"
-            + (f" (unquantised: {', '.join(self.unquantised)})" if self.unquantised else ""),
-            f"trained: {self.trainable:,} weights in float32 on {', '.join(self.adapted)}"
-            + (f"; without adapter: {', '.join(self.unadapted)}" if self.unadapted else ""),
-            f"reference: {self.reference}",
-        ]
-
-
-def describe_policy(policy: nn.Module) -> PolicyFacts:
-    """Count quantised and adapted layers of a policy by the last part of their names."""
-    model = unwrap(policy)
-    kinds: dict[str, int] = {}
-    adapted: set[str] = set()
-    unadapted: set[str] = set()
-    unquantised: set[str] = set()
-    quantised_model = getattr(model.get_base_model(), "is_quantized", False)
-    for name, module in _base_linears(model):
-        kind = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}.get(
-            type(module).__name__, "unquantised"
-        )
-        kinds[kind] = kinds.get(kind, 0) + 1
-        leaf = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
-        (adapted if name.endswith(".base_layer") else unadapted).add(leaf)
-        if kind == "unquantised" and quantised_model:
-            unquantised.add(leaf)
-    saved = [m for m in model.modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
-    adapted |= {f"{len(saved)} full copies (modules_to_save)"} if saved else set()
-    return PolicyFacts(
-        reference=describe_reference(model),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_layers=kinds,
-        adapted=tuple(sorted(adapted)),
-        unadapted=tuple(sorted(unadapted - adapted)),
-        compute_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        unquantised=tuple(sorted(unquantised)),
-    )
-
-
-def _base_linears(model: PeftModel) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
-    ]
-
-
 def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    policy = _from_pretrained(base, adapter)
-    snapshot_reference(policy)
-    return prepare_policy(policy)
+    return prepare_policy(_from_pretrained(base, adapter), reference_is="start")
 
 
 def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -289,25 +233,42 @@ def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"{adapter}: no adapter there (adapter_config.json is missing). Give the folder that peft "
             "or lora-dpo wrote."
         )
-    init = json.loads(path.read_text(encoding="utf-8")).get("init_lora_weights")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"{path}: not readable as JSON ({error}); the adapter is damaged."
+        ) from None
+    init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise ModelError(_CHANGED_BASE.format(where=path, init=init))
+        raise ModelError(CHANGED_BASE.format(where=path, init=init))
     try:
         with _peft_without_its_own_warnings():
-            return PeftModel.from_pretrained(
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            policy = PeftModel.from_pretrained(
                 base, str(adapter), adapter_name=ADAPTER, is_trainable=True
             )
-    except (ValueError, OSError, RuntimeError, TypeError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{adapter}: this adapter does not fit the base model: {reason}") from None
+    _refuse_other_keys(policy, adapter)
+    trained_on, here = stored.get("base_model_name_or_path"), base.config._name_or_path
+    if trained_on and Path(trained_on).name != Path(here).name:
+        logger.warning("%s: was trained on %s, and is put on %s here", adapter, trained_on, here)
+    return policy
 
 
-_CHANGED_BASE = (
-    "{where}: init_lora_weights={init!r} rewrites the base weights, so the base with adapters "
-    "disabled is not the model that was loaded and the reference would be wrong. Start from an "
-    "adapter with the default init, or convert this one with peft (path_initial_model_for_weight_"
-    "conversion)."
-)
+def _refuse_other_keys(policy: PeftModel, adapter: Path) -> None:
+    """An adapter of a deeper or shallower model loads in part, and would be a wrong reference."""
+    expected = peft.get_peft_model_state_dict(
+        policy, adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    found = peft.utils.load_peft_weights(str(adapter), device="cpu")
+    if different := sorted(expected.keys() ^ found.keys()):
+        raise ModelError(
+            f"{adapter}: this adapter is of another model: {len(different)} of its weights and the "
+            f"base's layers do not meet, {different[0]} among them."
+        )
 
 
 @contextmanager
@@ -316,36 +277,6 @@ def _peft_without_its_own_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
-
-
-def _refuse_lora(config: Any, where: str) -> None:
-    if not isinstance(config, peft.LoraConfig):
-        raise ModelError(
-            f"{where}: is {type(config).__name__}; only LoRA and its variants are trained."
-        )
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise ModelError(_CHANGED_BASE.format(where=where, init=init))
-    if config.bias != "none" or config.lora_bias:
-        raise ModelError(
-            f"{where}: trains biases (bias={config.bias!r}, lora_bias={config.lora_bias}), which "
-            "disabling the adapter does not take back, so the reference would move; use bias='none'."
-        )
-    for option in ("trainable_token_indices", "target_parameters", "layer_replication"):
-        if getattr(config, option, None):
-            raise ModelError(f"{where}: {option} is not supported; it has no proven merge here.")
-
-
-def _refuse_tied_head(base: PreTrainedModel, config: peft.LoraConfig) -> None:
-    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    asked = config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else []
-    names = {*asked, *(config.modules_to_save or ())}
-    touched = sorted(n for n in names if n.rsplit(".", 1)[-1] in {"lm_head", "embed_tokens", "wte"})
-    if tied and touched:
-        raise ModelError(
-            f"lora: {', '.join(touched)} cannot be trained, because this model ties its head to its "
-            "embeddings and a change of one side would break the tie; leave them out."
-        )
 
 
 def _copy_config(config: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -61,7 +62,7 @@ def check_base(settings: ModelConfig) -> Any:
         config = AutoConfig.from_pretrained(
             settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{where}: no causal language model could be read there ({reason}). Give a folder with "
@@ -79,7 +80,8 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
     dtype = compute_dtype(settings.compute_dtype, device)
     options: dict[str, Any] = {"device_map": {"": device}, "dtype": dtype}
     options["config"] = _without_dropout(config)
-    if not getattr(config, "quantization_config", None) and settings.quantisation != "none":
+    stored = getattr(config, "quantization_config", None)
+    if not stored and settings.quantisation != "none":
         options["quantization_config"] = _quantisation(settings, dtype)
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
@@ -91,14 +93,27 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:500]
         raise ModelError(
             f"model.base {settings.base!r}: the weights did not load: {reason}"
         ) from None
     guard_cpu_kernels(base)
+    if stored:
+        _set_compute_dtype(base, dtype)
     base.requires_grad_(False)
     return base
+
+
+def _set_compute_dtype(base: nn.Module, dtype: torch.dtype) -> None:
+    """Give a checkpoint that was quantised before the compute dtype that was asked for here."""
+    module: Any
+    for module in base.modules():
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            module.compute_dtype = dtype
+    for parameter in base.parameters():
+        if parameter.dtype in DTYPES.values():
+            parameter.data = parameter.data.to(dtype)
 
 
 def guard_cpu_kernels(model: nn.Module) -> None:
@@ -201,8 +216,21 @@ def _refuse_quantisation(where: str, config: Any, settings: ModelConfig) -> None
                 f"{where}: the checkpoint is quantised by {method}, which cannot be dequantised for a "
                 "proven merge; use the unquantised checkpoint or a bitsandbytes one."
             )
+        kind = _stored_kind(stored)
+        if settings.quantisation not in ("nf4", kind):  # nf4 is what nobody has asked for
+            raise ModelError(
+                f"{where}: the checkpoint is quantised already, to {kind}, and model.quantisation asks "
+                f"for {settings.quantisation}; leave the setting out or give {kind}."
+            )
     if stored or settings.quantisation != "none":
         _refuse_hardware(settings.quantisation)
+
+
+def _stored_kind(stored: Any) -> str:
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    if values.get("load_in_8bit"):
+        return "int8"
+    return str(values.get("bnb_4bit_quant_type", "fp4"))
 
 
 def _refuse_hardware(quantisation: str) -> None:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ExportError
 from lora_dpo.policy.switching import policy_adapter, unwrap
@@ -26,15 +27,21 @@ class Merged:
     adapted: bool
 
 
-def dequantised(weight: Tensor) -> Tensor:
-    """Return a base weight in float32: 4-bit and 8-bit ones as the forward pass sees them."""
-    if type(weight).__name__ in {"Params4bit", "Int8Params"}:
-        parameter: Any = weight
-        state = getattr(parameter, "quant_state", None) or parameter
-        value: Tensor = dequantize_bnb_weight(parameter, state=state)
-        return value.detach().float()
-    return weight.detach().float()
+def dequantised(layer: Any) -> Tensor:
+    """Return a linear layer's weight in float32, 4-bit and 8-bit ones as the forward sees them.
 
+    A ``Conv1D`` that transformers replaced by a quantised linear layer comes back in its own layout.
+    """
+    weight = layer.weight
+    if not _is_quantised(weight):
+        value: Tensor = weight.detach().float()
+        return value
+    state = getattr(weight, "quant_state", None) or getattr(layer, "state", None)
+    value = dequantize_bnb_weight(weight, state=state).detach().float()
+    return value.T if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D) else value
+
+
+MERGEABLE = (nn.Linear, Conv1D)
 
 Original = Callable[[str], Tensor]
 
@@ -63,12 +70,10 @@ def merged_tensors(policy: nn.Module, original: Original | None = None) -> Itera
             continue
         for leaf, value in _own_tensors(module):
             key = f"{name}.{leaf}" if name else leaf
-            if key.removesuffix(f".{leaf}").endswith(".base_layer") or key in tied:
+            if key in tied:
                 continue
-            known = original is not None and isinstance(value, nn.Parameter)
-            yield Merged(
-                key, original(key) if original and known else value.detach(), adapted=False
-            )
+            known = original is not None and leaf in module._parameters
+            yield Merged(key, original(key) if original and known else value, adapted=False)
         if isinstance(module, LoraLayer):
             yield from _merged_layer(name, module, adapter, original)
             consumed |= {key for key in expected if f"{name}.lora_" in key}
@@ -86,18 +91,18 @@ def _merged_layer(
     name: str, layer: Any, adapter: str, original: Original | None
 ) -> Iterator[Merged]:
     base_layer = layer.get_base_layer()
-    if not isinstance(base_layer, nn.Linear):
+    if not isinstance(base_layer, MERGEABLE):
         raise ExportError(f"{name}: LoRA on {type(base_layer).__name__} has no proven merge here.")
-    stored = base_layer.weight
-    weight = (
-        original(f"{name}.weight").to(stored.device).float() if original else dequantised(stored)
-    )
+    weight = dequantised(base_layer)
+    if original:
+        weight = original(f"{name}.weight").to(weight.device).float()
     if adapter not in layer.lora_A:
         pass  # a layer that another adapter of the model has and the trained one leaves alone
     elif adapter in layer.lora_variant:
         weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight).detach().float()
     else:
-        weight = weight + layer.get_delta_weight(adapter).detach().float()
+        delta = layer.get_delta_weight(adapter).detach().float()
+        weight = weight + (delta.T if delta.shape != weight.shape else delta)
     if not torch.isfinite(weight).all():
         raise ExportError(f"{name}: the merged weight holds values that are not finite.")
     yield Merged(f"{name}.weight", weight, adapted=adapter in layer.lora_A)
@@ -114,7 +119,7 @@ def _saved_module(name: str, wrapper: Any, adapter: str) -> Iterator[Merged]:
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for leaf, parameter in module.named_parameters(recurse=False):
-        yield leaf, dequantised(parameter) if _is_quantised(parameter) else parameter
+        yield leaf, dequantised(module) if _is_quantised(parameter) else parameter.detach()
     for leaf, buffer in module.named_buffers(recurse=False):
         if leaf not in module._non_persistent_buffers_set:
             yield leaf, buffer.detach()

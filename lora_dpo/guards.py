@@ -1,0 +1,87 @@
+"""What is checked before weights load and before anything is written or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.config import Config
+from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.store import fingerprint
+
+# Settings that may differ between a checkpoint and the run that resumes from it.
+_FREE_KEYS = {
+    "output",
+    "train.report_to",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.run_name",
+    "data.cache_dir",
+}
+
+
+# What a run has written before its first step: a start that failed there can simply be repeated.
+_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "reference"}
+
+
+def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that would cost a run or a folder that no export wrote."""
+    here, there = run.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise OutputError(f"{target}: is, holds or lies inside the run {run}; choose another.")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    ours = target.is_dir() and any(
+        (target / name).is_file() for name in ("export_proof.json", "adapter_config.json")
+    )
+    if not overwrite:
+        raise OutputError(
+            f"{target}: exists already and is not empty; choose another, or overwrite it."
+        )
+    if not ours:
+        raise OutputError(f"{target}: holds something else than an export; it is not overwritten.")
+
+
+def check_context(config: Config, base: Any) -> None:
+    longest = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if longest and config.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length: got {config.data.max_length}, but the model has {longest} positions; "
+            f"set data.max_length to at most {longest}."
+        )
+
+
+@contextmanager
+def settings_of_the_library() -> Iterator[None]:
+    """Errors of transformers about its own settings are the user's to correct."""
+    try:
+        yield
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:500]}") from error
+
+
+def checkpoint_facts(config: Config) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it must share, a fingerprint a section."""
+    values = config.to_dict()
+    for key in _FREE_KEYS:
+        section, _, name = key.partition(".")
+        values[section].pop(name, None) if name else values.pop(section)
+    return {section: fingerprint(part)[:16] for section, part in values.items()}
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    used = folder.exists() and (
+        not folder.is_dir() or any(p.name not in _BEFORE_TRAINING for p in folder.iterdir())
+    )
+    if used and not resume:
+        hint = "resume it with --resume, or " if (folder / "config.yaml").is_file() else ""
+        raise OutputError(
+            f"output.dir {str(folder)!r}: exists already and is not empty; {hint}choose another folder."
+        )
+    if resume and not (folder / "config.yaml").is_file():
+        raise OutputError(
+            f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing)."
+        )
