@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,14 +167,6 @@ def test_an_adapter_weight_that_nobody_merged_is_an_error(tiny_model: Path) -> N
     layer.q_proj = torch.nn.Sequential(layer.q_proj)  # no longer where it was
     layer.q_proj.register_module("lora_A", torch.nn.ModuleDict({"default": torch.nn.Linear(1, 1)}))
     with pytest.raises(ExportError, match="no layer of the merge took"):
-        list(merged_tensors(policy))
-
-
-def test_lora_on_embeddings_is_refused_by_name(tiny_model: Path) -> None:
-    policy = load_policy(
-        tiny_model, lora=PeftLoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
-    )
-    with pytest.raises(ExportError, match="embed_tokens: LoRA on Embedding has no proven merge"):
         list(merged_tensors(policy))
 
 

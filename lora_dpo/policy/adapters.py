@@ -244,7 +244,6 @@ def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
         raise ModelError(CHANGED_BASE.format(where=path, init=init))
     try:
         with _peft_without_its_own_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             policy = PeftModel.from_pretrained(
                 base, str(adapter), adapter_name=ADAPTER, is_trainable=True
             )
@@ -276,6 +275,10 @@ def _peft_without_its_own_warnings() -> Iterator[None]:
     """peft 0.21 reads a name of transformers that 5.23 deprecates; nobody here can act on that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        # these two are errors of ours
+        warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield
 
 

@@ -28,17 +28,18 @@ class Merged:
 
 
 def dequantised(layer: Any) -> Tensor:
-    """Return a linear layer's weight in float32, 4-bit and 8-bit ones as the forward sees them.
-
-    A ``Conv1D`` that transformers replaced by a quantised linear layer comes back in its own layout.
-    """
+    """Return a linear layer's weight in float32, 4-bit and 8-bit ones as the forward sees them."""
     weight = layer.weight
     if not _is_quantised(weight):
         value: Tensor = weight.detach().float()
         return value
     state = getattr(weight, "quant_state", None) or getattr(layer, "state", None)
-    value = dequantize_bnb_weight(weight, state=state).detach().float()
-    return value.T if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D) else value
+    return dequantize_bnb_weight(weight, state=state).detach().float()
+
+
+def _in_its_own_layout(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Turn a weight between linear layout and that of a ``Conv1D`` which quantisation replaced."""
+    return weight.T if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D) else weight
 
 
 MERGEABLE = (nn.Linear, Conv1D)
@@ -95,17 +96,18 @@ def _merged_layer(
         raise ExportError(f"{name}: LoRA on {type(base_layer).__name__} has no proven merge here.")
     weight = dequantised(base_layer)
     if original:
-        weight = original(f"{name}.weight").to(weight.device).float()
+        stored = original(f"{name}.weight").to(weight.device).float()
+        weight = _in_its_own_layout(base_layer, stored)
     if adapter not in layer.lora_A:
         pass  # a layer that another adapter of the model has and the trained one leaves alone
     elif adapter in layer.lora_variant:
         weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight).detach().float()
     else:
-        delta = layer.get_delta_weight(adapter).detach().float()
-        weight = weight + (delta.T if delta.shape != weight.shape else delta)
+        weight = weight + layer.get_delta_weight(adapter).detach().float()
     if not torch.isfinite(weight).all():
         raise ExportError(f"{name}: the merged weight holds values that are not finite.")
-    yield Merged(f"{name}.weight", weight, adapted=adapter in layer.lora_A)
+    value = _in_its_own_layout(base_layer, weight)
+    yield Merged(f"{name}.weight", value, adapted=adapter in layer.lora_A)
     if base_layer.bias is not None:
         yield Merged(f"{name}.bias", base_layer.bias.detach(), adapted=False)
 
@@ -119,7 +121,9 @@ def _saved_module(name: str, wrapper: Any, adapter: str) -> Iterator[Merged]:
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for leaf, parameter in module.named_parameters(recurse=False):
-        yield leaf, dequantised(module) if _is_quantised(parameter) else parameter.detach()
+        quantised = _is_quantised(parameter)
+        plain = _in_its_own_layout(module, dequantised(module)) if quantised else parameter
+        yield leaf, plain.detach()
     for leaf, buffer in module.named_buffers(recurse=False):
         if leaf not in module._non_persistent_buffers_set:
             yield leaf, buffer.detach()
