@@ -52,7 +52,7 @@ class Case:
     data: str
     model: str = TINY
     batch: int = 8
-    epochs: int = 2
+    epochs: int = 1
     eval_fraction: float = 0.3
     rank: int = 16
     beta: float = 0.1
@@ -83,6 +83,7 @@ class Case:
                 "gradient_checkpointing": False,
                 "eval_strategy": "no",
                 "save_strategy": "no",
+                "logging_steps": 1,  # the first line is the loss at the reference: ln 2
             },
             "output": {"dir": str(out)},
         }

@@ -332,8 +332,9 @@ def _prove(
     proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy)
     if gate is not None and not kl <= gate:
         raise ExportError(
-            f"the merged model is not the policy: {proof}. Nothing was kept; report this with the "
-            "name of the base model, or export the adapter alone."
+            f"the merged model is not the policy: {proof}. Nothing was kept. Files that round less may "
+            "pass (--dtype float16 or float32); else export the adapter alone, and report this with the "
+            "name of the base model."
         )
     return proof
 

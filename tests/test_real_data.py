@@ -21,7 +21,7 @@ import lora_dpo
 from lora_dpo.data import PairBatch, collate_pairs
 from lora_dpo.run import Run
 
-STEPS = 50
+STEPS = 40  # three seeds gave 0.875, 0.875 and 0.880
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -96,7 +96,7 @@ def told(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 
 def test_the_command_learns_the_stories_to_085_of_200_held_out_pairs(told: dict[str, Any]) -> None:
-    """A run of TRL reached 0.900 in 126 steps; about half of them are enough for the floor."""
+    """A run of TRL reached 0.900 in 126 steps; a third of them are enough for the floor."""
     found = told["eval"]
     assert (found["rows"], found["prompts"]) == (200, 200)
     accuracy, low, high = found["mean_low_high"]["rewards/accuracies"]
