@@ -246,15 +246,15 @@ def merge(args: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from lora_dpo import export_merged, exporting, load_policy
+    from lora_dpo import export_merged, exporting, load_policy, proving
 
     base = str(args.folder / "base")
     row = tokenised_pairs(args).rows[0]
     meter.before(exporting, "_write_weights", "merge: write the shards")
     meter.before(exporting, "_write_settings", "proof: run the policy")
-    meter.before(exporting, "_prove", "proof: load and run the merged model")
+    meter.before(exporting, "prove", "proof: load and run the merged model")
     found: dict[str, Any] = {}
-    load = exporting._load_plain
+    load = proving.load_plain
 
     def noting_places(*args: Any) -> Any:
         model: Any = load(*args)
@@ -262,7 +262,7 @@ def merge(args: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         found["tensors_of_the_merged_model_on"] = dict(places)
         return model
 
-    setattr(exporting, "_load_plain", noting_places)  # noqa: B010 (a function that mypy guards)
+    setattr(proving, "load_plain", noting_places)  # noqa: B010 (a function that mypy guards)
     meter.begin("load in NF4 with the adapter")
     proof = export_merged(
         lambda: load_policy(

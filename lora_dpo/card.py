@@ -10,7 +10,7 @@ import yaml
 from lora_dpo.config import Config
 
 if TYPE_CHECKING:
-    from lora_dpo.exporting import Proof
+    from lora_dpo.proving import Proof
 
 
 def model_card(config: Config, results: dict[str, Any], *, proof: Proof | None) -> str:

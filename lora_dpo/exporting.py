@@ -10,12 +10,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,43 +23,21 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
 from lora_dpo.errors import ExportError, OutputError
-from lora_dpo.forward import causal_lm, compute_context
-from lora_dpo.policy import Merged, default_device, merged_tensors, save_adapter, unwrap
+from lora_dpo.forward import causal_lm
+from lora_dpo.policy import Merged, merged_tensors, save_adapter
+from lora_dpo.proving import (
+    Proof,
+    behaviour,
+    completion_logits,
+    float32_compute,
+    is_8bit,
+    mean_kl,
+    prove,
+)
 from lora_dpo.store import new_folder, write_json, write_text
 
 SHARD_BYTES = 2 * 2**30
-GATE = 1e-4
-LOGIT_BYTES = 2**28
 _NOT_A_SETTING = ("quantization_config",)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How far the exported model is from the policy, on held-out text.
-
-    Args:
-        positions: token positions compared.
-        kl: mean KL(policy || exported) per token, nats.
-        noise: the same between two batch shapes of the policy itself.
-        gate: the largest ``kl`` that is let through; None where the figures are only reported.
-        top1: share of positions with the same likeliest token.
-        greedy: share of greedily generated tokens that are equal.
-    """
-
-    positions: int
-    kl: float
-    noise: float
-    gate: float | None
-    top1: float
-    greedy: float
-
-    def __str__(self) -> str:
-        verdict = "reported only" if self.gate is None else f"gate {self.gate:.1e}"
-        return (
-            f"KL(policy || exported) {self.kl:.2e} nats a token on {self.positions} positions "
-            f"({verdict}; the policy's own noise {self.noise:.2e}), same likeliest token "
-            f"{self.top1:.2%}, same greedy tokens {self.greedy:.2%}"
-        )
 
 
 def export_adapter(
@@ -128,15 +102,15 @@ def export_merged(
         _check_disk(causal, dtype, work)
         _write_weights(merged_tensors(policy, original), dtype, work)
         _write_settings(causal, config, tokenizer, dtype, work)
-        gated = base == "trained" and not _is_8bit(policy)
-        with _float32(policy):
-            before = _behaviour(policy, sequences)
-            noise = _mean_kl(before.logits, _logits(policy, sequences, batched=True))
+        gated = base == "trained" and not is_8bit(policy)
+        with float32_compute(policy):
+            before = behaviour(policy, sequences)
+            noise = mean_kl(before.logits, completion_logits(policy, sequences, batched=True))
         del policy, causal
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        proof = _prove(work, sequences, before, noise, gated=gated)
+        proof = prove(work, sequences, before, noise, gated=gated)
         write_json(work / "export_proof.json", {**asdict(proof), "base": base, "dtype": str(dtype)})
         write_text(work / "README.md", card(proof))
     return proof
@@ -207,176 +181,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer.chat_template and path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**values, "chat_template": tokenizer.chat_template})
-
-
-@contextmanager
-def _float32(policy: nn.Module) -> Iterator[None]:
-    """Compute in float32 inside the block: the proof is of the weights, not of 16-bit rounding."""
-    causal, changed = causal_lm(policy), []
-    for module in causal.modules():
-        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
-            changed.append((module, module.compute_dtype))
-            module.compute_dtype = torch.float32
-    halves = [
-        (p, p.dtype) for p in causal.parameters() if p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    for parameter, _ in halves:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, kind in halves:
-            parameter.data = parameter.data.to(kind)
-        for module, kind in changed:
-            module.compute_dtype = kind
-
-
-def _is_8bit(policy: nn.Module) -> bool:
-    return any(type(module).__name__ == "Linear8bitLt" for module in policy.modules())
-
-
-@dataclass
-class _Behaviour:
-    logits: Tensor  # [positions, vocabulary], float32, CPU
-    greedy: list[list[int]]
-
-
-def _behaviour(model: nn.Module, sequences: Sequence[Any]) -> _Behaviour:
-    return _Behaviour(_logits(model, sequences), _greedy(model, sequences))
-
-
-def _logits(model: nn.Module, sequences: Sequence[Any], *, batched: bool = False) -> Tensor:
-    """Logits at the completion positions, one row at a time or all padded to one batch of four."""
-    model.eval()
-    causal = causal_lm(model)
-    embeddings = causal.get_input_embeddings()
-    budget = max(LOGIT_BYTES // (4 * embeddings.num_embeddings), 16)
-    chosen = _within(sequences, budget)
-    width = 4 if batched else 1
-    found = []
-    with torch.no_grad(), compute_context(model):
-        for start in range(0, len(chosen), width):
-            rows = chosen[start : start + width]
-            longest = max(len(p) + len(c) for p, c in rows)
-            ids = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.weight.device)
-            mask = torch.zeros_like(ids)
-            for i, (prompt, completion) in enumerate(rows):
-                length = len(prompt) + len(completion)
-                ids[i, :length] = torch.tensor([*prompt, *completion])
-                mask[i, :length] = 1
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for i, (prompt, completion) in enumerate(rows):
-                ends = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
-                found.append(logits[i, ends].float().cpu())
-    return torch.cat(found)
-
-
-def _within(sequences: Sequence[Any], budget: int) -> list[tuple[list[int], list[int]]]:
-    chosen: list[tuple[list[int], list[int]]] = []
-    for prompt, completion in sequences:
-        if budget <= 0 or len(chosen) == 32:
-            break
-        part = list(completion)[: min(64, budget)]
-        chosen.append((list(prompt), part))
-        budget -= len(part)
-    return chosen
-
-
-def _greedy(model: nn.Module, sequences: Sequence[Any], tokens: int = 16) -> list[list[int]]:
-    made = []
-    target = unwrap(model) if not hasattr(model, "generate") else model
-    device = next(model.parameters()).device
-    for prompt, _ in list(sequences)[:4]:
-        ids = torch.tensor([list(prompt)], device=device)
-        with torch.no_grad(), compute_context(model):
-            out = target.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-            )
-        made.append(out[0, ids.shape[1] :].tolist())
-    return made
-
-
-def _mean_kl(mine: Tensor, other: Tensor) -> float:
-    """Mean over positions of KL(mine || other), nats, in float64 a few positions at a time."""
-    total = 0.0
-    for p, q in zip(mine.split(64), other.split(64), strict=True):
-        log_p, log_q = (x.double().log_softmax(-1) for x in (p, q))
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total / len(mine)
-
-
-def _prove(
-    folder: Path,
-    sequences: Sequence[Any],
-    before: _Behaviour,
-    noise: float,
-    *,
-    gated: bool,
-) -> Proof:
-    model = _load_plain(folder, torch.float32)
-    after = _behaviour(model, sequences)
-    kl = _mean_kl(before.logits, after.logits)
-    same = (before.logits.argmax(-1) == after.logits.argmax(-1)).double().mean()
-    pairs = [
-        (a, b) for x, y in zip(before.greedy, after.greedy, strict=True) for a, b in _zip(x, y)
-    ]
-    gate = max(GATE, 3 * noise) if gated else None
-    greedy = sum(a == b for a, b in pairs) / max(len(pairs), 1)
-    proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy)
-    if gate is not None and not kl <= gate:
-        raise ExportError(
-            f"the merged model is not the policy: {proof}. Nothing was kept. Files that round less may "
-            "pass (--dtype float16 or float32); else export the adapter alone, and report this with the "
-            "name of the base model."
-        )
-    return proof
-
-
-def _load_plain(folder: Path, compute: torch.dtype) -> nn.Module:
-    """Load the export as anyone would; layers that do not fit are read from disk at each call."""
-    from transformers import AutoModelForCausalLM
-
-    on_cpu = default_device().type == "cpu"
-    # The rest is for activations, and for the system to keep the files of the other layers at hand.
-    room = {"cpu": _free_memory() * 3 // 4} if on_cpu else None
-    spilled = tempfile.TemporaryDirectory(prefix="lora-dpo-")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=compute,
-        device_map="auto",
-        max_memory=room,
-        offload_folder=spilled.name,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    weakref.finalize(model, spilled.cleanup)
-    wrong = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and "keys" in k}
-    if wrong:
-        raise ExportError(f"the merged folder does not load cleanly: {wrong}.")
-    return model  # type: ignore[no-any-return]
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that can still be taken; no limit where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return sys.maxsize
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024  # given in kB
-
-
-def _zip(mine: list[int], other: list[int]) -> list[tuple[int | None, int | None]]:
-    longest = max(len(mine), len(other))
-    padded = [[*row, *[None] * (longest - len(row))] for row in (mine, other)]
-    return list(zip(*padded, strict=True))
 
 
 def _checkpoint_lookup(source: str, revision: str | None, config: Any) -> Callable[[str], Tensor]:

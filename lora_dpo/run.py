@@ -31,7 +31,7 @@ from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, ExportError, OutputError
 from lora_dpo.evaluation import Evaluation, evaluate_pairs
-from lora_dpo.exporting import Proof, export_adapter, export_merged
+from lora_dpo.exporting import export_adapter, export_merged
 from lora_dpo.generation import Prompt, SideBySide, generate_side_by_side
 from lora_dpo.guards import (
     check_context,
@@ -51,6 +51,7 @@ from lora_dpo.policy import (
     save_adapter,
 )
 from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
+from lora_dpo.proving import Proof
 from lora_dpo.store import lock, read_json, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 

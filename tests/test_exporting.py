@@ -180,7 +180,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(
     with pytest.raises(OutputError, match="not empty"):
         _export(policy, tokenizer, target)
     monkeypatch.setattr(
-        exporting, "_prove", lambda *a, **k: (_ for _ in ()).throw(ExportError("no"))
+        exporting, "prove", lambda *a, **k: (_ for _ in ()).throw(ExportError("no"))
     )
     with pytest.raises(ExportError, match="no"):
         _export(policy, tokenizer, target, overwrite=True)
