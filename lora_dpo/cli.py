@@ -17,6 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
+# Before torch is imported: threads that wait by spinning make a CPU run many times slower as soon
+# as anything else runs beside it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
