@@ -116,6 +116,8 @@ class StopCallback(TrainerCallback):
         if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # a run shorter than a logging window has figures too
         return control
 
     @contextmanager

@@ -59,7 +59,7 @@ def settings_of_the_library() -> Iterator[None]:
     """Errors of transformers about its own settings are the user's to correct."""
     try:
         yield
-    except (ValueError, ImportError, NotImplementedError) as error:
+    except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())[:500]}") from error
 
 

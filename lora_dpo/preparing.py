@@ -57,7 +57,10 @@ def load_tokenizer(config: Config) -> Any:
         path = Path(config.data.chat_template)
         if not path.is_file():
             raise ModelError(f"data.chat_template {str(path)!r}: no such file; give a Jinja file.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"data.chat_template {str(path)!r}: is no text ({error}).") from None
     return tokenizer
 
 

@@ -169,9 +169,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
     if resume:
         checkpoint, facts, _ = latest_checkpoint(folder)
-        check_facts(
-            checkpoint, facts, {**checkpoint_facts(config), "reference": facts["reference"]}
-        )
+        expected = checkpoint_facts(config)
+        check_facts(checkpoint, {key: facts.get(key) for key in expected}, expected)
     base = check_base(config.model)
     check_context(config, base)
     tokenizer = load_tokenizer(config)
@@ -188,6 +187,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         if (start := config.model.adapter) is not None and not resume:
             save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
+        accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
+        logger.info("a step: %d x %d pairs", trainer.micro_batch, accumulated)
         trainer.train(resume_from_checkpoint=resume or None)
         return _finish(trainer, config, objective, tokenizer, data)
 

@@ -122,7 +122,8 @@ def test_a_merged_export_has_its_proof_in_the_card_and_no_path_of_this_machine(
 def test_an_adapter_is_started_from_and_is_then_the_reference(
     run: Run, values: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = Config.parse(values).replace("output.dir", str(tmp_path / "second"))
+    values = {**values, "lora": {}, "output": {"dir": str(tmp_path / "second")}}
+    config = Config.parse(values)
     second = train(config.replace("model.adapter", str(run.folder / "adapter")))
     assert second.results["reference"].startswith("the starting adapter, frozen")
     assert (second.folder / "reference" / "adapter_model.safetensors").is_file()
