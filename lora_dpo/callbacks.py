@@ -20,6 +20,15 @@ from transformers import TrainingArguments as Arguments
 logger = logging.getLogger("lora_dpo")
 
 
+def show_log_lines() -> None:
+    """Show our own log lines on standard output, unless the program has set up logging itself."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
 class ConsoleCallback(ProgressCallback):
     """The library's progress bar on a terminal; elsewhere one plain line a log step."""
 

@@ -25,6 +25,7 @@ from transformers import set_seed
 
 from lora_dpo import objectives
 from lora_dpo.arguments import build_arguments
+from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config
@@ -157,6 +158,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         LoraDpoError: a setting, file, model or folder that cannot be used; all of these before the
             weights load, and nothing is written.
     """
+    show_log_lines()
     config = _as_config(config).resolved()
     folder = Path(config.output.dir)
     check_folder(folder, resume=resume)

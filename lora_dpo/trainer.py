@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
-from lora_dpo.callbacks import ConsoleCallback, JsonlCallback, MovementCallback, StopCallback
+from lora_dpo.callbacks import (
+    ConsoleCallback,
+    JsonlCallback,
+    MovementCallback,
+    StopCallback,
+    show_log_lines,
+)
 from lora_dpo.checkpoints import (
     check_facts,
     clear_unfinished,
@@ -106,6 +112,7 @@ class PreferenceTrainer(Trainer):
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
         self.objective = bound
         self.chunk_tokens = chunk_tokens
+        show_log_lines()
         refuse_objective(bound)
         self.window = Window()
         self.stop = StopCallback()
