@@ -41,6 +41,10 @@ class ObjectiveConfig(OpenSection):
 
     name: str = "dpo"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``objectives.build`` takes."""
+        return {"name": self.name, **self.further}
+
 
 class ModelConfig(Section):
     """The base model and how it is held."""
@@ -314,9 +318,8 @@ def _objective_problems(values: Any) -> list[str]:
     wrong = [key for key in values if not isinstance(key, str)]
     if wrong:
         return [f"objective: the key {wrong[0]!r} is no text; expected the name of a setting."]
-    further = {key: value for key, value in values.items() if key != "name"}
     try:
-        objectives.get(str(values.get("name", "dpo"))).bind(**further)
+        objectives.build(values)
     except ConfigError as error:
         return error.problems
     return []

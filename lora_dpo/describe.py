@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_dpo.objectives import OBJECTIVES, Objective
+from lora_dpo.objectives import OBJECTIVES, Hyperparameter, Objective
 
 
 def describe_table() -> str:
@@ -13,7 +13,7 @@ def describe_table() -> str:
             row.name,
             row.data,
             "yes" if row.reference else "no",
-            ", ".join(f"{h.name}={h.default:g}" for h in row.hyperparameters.values()) or "-",
+            ", ".join(map(_default, row.hyperparameters.values())) or "-",
             f"arXiv:{row.arxiv} {row.equation}",
         )
         for row in OBJECTIVES.values()
@@ -27,7 +27,7 @@ def describe_table() -> str:
 
 def describe_objective(row: Objective) -> str:
     """Return everything about one objective: its docstring, and the facts of its record."""
-    taken = [f"  {h.name} = {h.default:g}, in {h.interval}" for h in row.hyperparameters.values()]
+    taken = [f"  {_default(h)}: {h.expected}" for h in row.hyperparameters.values()]
     facts = [
         f"data: {row.data}; reference: {'yes' if row.reference else 'no, it never runs'}; "
         f"reads {'summed' if row.logps == 'sum' else 'per-token mean'} log-probs",
@@ -36,3 +36,8 @@ def describe_objective(row: Objective) -> str:
     ]
     head = [row.name, "", row.documentation, "", "Hyperparameters:", *(taken or ["  none"]), ""]
     return "\n".join([*head, *facts])
+
+
+def _default(known: Hyperparameter) -> str:
+    value = str(known.default).lower() if known.interval is None else f"{known.default:g}"
+    return f"{known.name}={value}"

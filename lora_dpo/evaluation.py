@@ -92,9 +92,7 @@ def evaluate_pairs(
             for start in range(0, len(order), batch_size):
                 rows = [data.rows[int(i)] for i in order[start : start + batch_size]]
                 batch = collate_pairs(rows, pad_id=pad_id).to(device)
-                stats = pair_stats(
-                    policy, batch, with_reference=objective.objective.reference, chunk=chunk
-                )
+                stats = pair_stats(policy, batch, with_reference=objective.reference, chunk=chunk)
                 for name, value in pair_metrics(objective, stats, objective(stats)).items():
                     columns.setdefault(name, []).append(value.double().cpu().numpy())
     finally:

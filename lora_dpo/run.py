@@ -113,7 +113,7 @@ class Run:
 
     def held_out(self) -> Tokenised:
         """Return the run's held-out rows, tokenised as in training."""
-        data = prepare_data(self.config, self.tokenizer(), self.objective.objective.data)
+        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
         if data.held_out is None:
             raise DataError(f"{self.folder}: the run has no held-out rows; give some with --data.")
         if self.results.get("held_out_rows") not in (None, data.held_out.fingerprint):
@@ -125,7 +125,7 @@ class Run:
 
     def proof_rows(self) -> Tokenised:
         """Return rows to compare an export on: held-out ones, else what the files hold now."""
-        data = prepare_data(self.config, self.tokenizer(), self.objective.objective.data)
+        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
         return data.held_out if data.held_out is not None else data.train
 
     def _adapter_folder(self, checkpoint: str) -> Path:
@@ -163,7 +163,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     folder = Path(config.output.dir)
     check_folder(folder, resume=resume)
     objective = _bound(config)
-    if objective.objective.data != "paired":
+    if objective.data != "paired":
         raise DataError(
             f"objective {objective.name!r} needs unpaired data, which is not trained on yet."
         )
@@ -176,7 +176,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     base = check_base(config.model)
     check_context(config, base)
     tokenizer = load_tokenizer(config)
-    data = prepare_data(config, tokenizer, objective.objective.data)
+    data = prepare_data(config, tokenizer, objective.data)
     for line in data.lines():
         logger.info(line)
     if evaluates and data.held_out is None:  # too few prompts to hold any out
@@ -396,7 +396,7 @@ def _device_name() -> str:
 
 
 def _bound(config: Config) -> BoundObjective:
-    return objectives.get(config.objective.name).bind(**config.objective.further)
+    return objectives.build(config.objective.to_dict())
 
 
 def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:

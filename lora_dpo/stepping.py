@@ -26,11 +26,11 @@ _NOISY = (
 
 
 def refuse_objective(bound: BoundObjective) -> None:
-    if bound.objective.data != "paired":
+    if bound.data != "paired":
         raise ConfigError(
             f"objective {bound.name!r}: needs unpaired data, which is not trained on yet."
         )
-    if bound.objective.couples_rows:
+    if bound.couples_rows:
         raise ConfigError(
             f"objective {bound.name!r}: couples the rows of a batch, and a step is split into "
             "micro-batches here; such objectives are not trained yet."

@@ -176,7 +176,7 @@ class PreferenceTrainer(Trainer):
         batch = collate_pairs(rows, pad_id=0).to(self.args.device)
         self._tokens += sum(row_tokens(row) for row in rows)
         return pair_stats(
-            model, batch, with_reference=self.objective.objective.reference, chunk=self.chunk_tokens
+            model, batch, with_reference=self.objective.reference, chunk=self.chunk_tokens
         )
 
     def _stop_unless_finite(
@@ -312,7 +312,7 @@ class PreferenceTrainer(Trainer):
     @property
     def reference_in_words(self) -> str:
         """What the reference is; that there is none, for an objective that reads none."""
-        return describe_reference(self.model) if self.objective.objective.reference else "none"
+        return describe_reference(self.model) if self.objective.reference else "none"
 
     def _probe(self) -> PairStats:
         rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]

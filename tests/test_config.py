@@ -36,7 +36,7 @@ def test_all_problems_are_told_at_once_each_with_its_place_and_a_remedy() -> Non
         )
     problems = "\n".join(caught.value.problems)
     for part in (
-        "objective.bta: 'dpo' has no such hyperparameter; it takes beta, label_smoothing. Did you",
+        "objective.bta: 'dpo' has no such hyperparameter; it takes beta, label_smoothing, nll_weight. Did you",
         "objective.label_smoothing: got 0.7; 'dpo' expects a number in [0, 0.5)",
         "model.quantization: unknown key",
         "Did you mean 'quantisation'?",

@@ -16,9 +16,15 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from torch import Tensor
 
 from lora_dpo.errors import ConfigError, nearest
-from lora_dpo.stats import PairStats
+from lora_dpo.objectives.bound import BoundObjective, State, Term
+from lora_dpo.stats import LABELLED_NEEDS, PAIR_NEEDS
 
 OBJECTIVES: dict[str, Objective] = {}
+
+Loss = Callable[..., Tensor]
+Rewards = Callable[..., tuple[Tensor, ...]]
+Update = Callable[..., State]
+Extremes = Literal["linear", "bounded", "quadratic", "logarithmic", "exponential"]
 
 
 @dataclass(frozen=True)
@@ -28,30 +34,48 @@ class Interval:
     above: float = -math.inf
     below: float = math.inf
     includes_lower: bool = False
+    includes_upper: bool = False
 
     def __contains__(self, value: float) -> bool:
         low = value >= self.above if self.includes_lower else value > self.above
-        return low and value < self.below
+        high = value <= self.below if self.includes_upper else value < self.below
+        return low and high
 
     def __str__(self) -> str:
-        return f"{'[' if self.includes_lower else '('}{self.above:g}, {self.below:g})"
+        left, right = "[" if self.includes_lower else "(", "]" if self.includes_upper else ")"
+        return f"{left}{self.above:g}, {self.below:g}{right}"
 
 
+Number = Annotated[float, Interval()]
 Positive = Annotated[float, Interval(above=0.0)]
+NonNegative = Annotated[float, Interval(above=0.0, includes_lower=True)]
+Share = Annotated[float, Interval(above=0.0, below=1.0, includes_lower=True, includes_upper=True)]
 Smoothing = Annotated[float, Interval(above=0.0, below=0.5, includes_lower=True)]
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One keyword of an objective, as its signature states it."""
+    """One keyword of an objective, as its signature states it; a switch has no interval."""
 
     name: str
-    default: float
-    interval: Interval
+    default: float | bool
+    interval: Interval | None
+
+    @property
+    def expected(self) -> str:
+        """What a legal value is, in words."""
+        return f"a number in {self.interval}" if self.interval else "true or false"
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is of the right type and range."""
+        if self.interval is None:
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return math.isfinite(value) and value in self.interval
 
 
-Loss = Callable[..., Tensor]
-Rewards = Callable[..., tuple[Tensor, Tensor]]
+NLL_WEIGHT = Hyperparameter("nll_weight", 0.0, Interval(above=0.0, includes_lower=True))
 
 
 @dataclass(frozen=True)
@@ -60,14 +84,24 @@ class Objective:
 
     Args:
         name: the name in configs, commands, metrics and documents.
-        loss: the function; called with a stats record and keyword-only hyperparameters.
-        rewards: the objective's own implicit rewards, ``(chosen [batch], rejected [batch])``.
+        loss: the function; called with a stats record (and its state, if it has one) and
+            keyword-only hyperparameters.
+        rewards: the objective's own implicit rewards: ``(chosen, rejected)`` of pairs, ``(reward,)``
+            of labelled rows, each ``[batch]``.
         data: ``paired`` or ``unpaired`` rows.
         reference: whether it reads the reference; if not, the reference never runs.
         logps: whether it reads summed or per-token mean log-probs.
+        needs: statistics beyond log-probs that it reads; ``stats.PAIR_NEEDS`` lists them.
+        reduction: the mean that the paper takes: over rows, or over completion tokens (then a row
+            counts by its length).
         couples_rows: whether a row's loss depends on the other rows of the batch.
-        monotone: whether the loss never rises when the chosen log-prob does.
-        extremes: what the loss does as the margin goes to minus infinity.
+        monotone: whether the loss never rises when the chosen (wanted) log-prob does.
+        extremes: how the loss grows as the margin goes to minus infinity.
+        smooth: whether the loss has a derivative everywhere.
+        initial_state: what it remembers between steps, at the start; empty for most.
+        update: ``(state, stats, **hyperparameters) -> state`` after each optimiser step.
+        nll_weight: default weight of the SFT term that any paired objective takes; None where the
+            loss has such a term of its own.
         paper: title and year; ``arxiv``: identifier; ``equation``: where in the paper.
     """
 
@@ -77,12 +111,18 @@ class Objective:
     data: Literal["paired", "unpaired"]
     reference: bool
     logps: Literal["sum", "mean"]
-    couples_rows: bool
     monotone: bool
-    extremes: Literal["linear", "bounded", "quadratic"]
+    extremes: Extremes
     paper: str
     arxiv: str
     equation: str
+    needs: tuple[str, ...] = ()
+    reduction: Literal["rows", "tokens"] = "rows"
+    couples_rows: bool = False
+    smooth: bool = True
+    initial_state: Mapping[str, float] = field(default_factory=dict)
+    update: Update | None = None
+    nll_weight: float | None = None
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     @property
@@ -95,8 +135,16 @@ class Objective:
         """The function's docstring: formula, hyperparameters, limits, source."""
         return inspect.getdoc(self.loss) or ""
 
-    def bind(self, **given: float) -> BoundObjective:
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether the numbers of tokens matter, beside the log-probs."""
+        return self.logps == "mean" or "lengths" in self.needs
+
+    def bind(self, **given: float | bool) -> BoundObjective:
         """Return the objective with its hyperparameters fixed.
+
+        ``nll_weight``, which any paired objective takes, adds that much of the SFT loss on the
+        chosen side (RPO, arXiv:2404.19733).
 
         Raises:
             ConfigError: a hyperparameter that this objective does not have, or outside its range.
@@ -104,47 +152,33 @@ class Objective:
         problems = [problem for key, value in given.items() if (problem := self._check(key, value))]
         if problems:
             raise ConfigError(problems)
-        values = {key: float(given.get(key, h.default)) for key, h in self.hyperparameters.items()}
-        return BoundObjective(self, values)
+        values = {
+            key: given.get(key, h.default)
+            if h.interval is None
+            else float(given.get(key, h.default))
+            for key, h in self.hyperparameters.items()
+        }
+        terms = [Term(1.0, self, values)]
+        if weight := given.get("nll_weight", self.nll_weight or 0.0) * (
+            self.nll_weight is not None
+        ):
+            terms.append(Term(float(weight), get("sft"), {}))
+        return BoundObjective(tuple(terms), frozenset(given))
 
     def _check(self, key: str, value: object) -> str | None:
-        known = self.hyperparameters.get(key)
+        accepted = dict(self.hyperparameters)
+        if self.nll_weight is not None:
+            accepted[NLL_WEIGHT.name] = NLL_WEIGHT
+        known = accepted.get(key)
         if known is None:
-            takes = ", ".join(self.hyperparameters) or "none"
+            takes = ", ".join(accepted) or "none"
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
-            whose = (
-                f" ({', '.join(owners)} does.)" if owners else nearest(key, self.hyperparameters)
-            )
+            whose = f" ({', '.join(owners[:4])} does.)" if owners else nearest(key, accepted)
             return f"objective.{key}: {self.name!r} has no such hyperparameter; it takes {takes}.{whose}"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"objective.{key}: got {value!r}; {self.name!r} expects a number in {known.interval}."
-        if value not in known.interval:
-            return f"objective.{key}: got {value:g}; {self.name!r} expects a number in {known.interval}."
+        if not known.accepts(value):
+            shown = f"{value:g}" if isinstance(value, float) else repr(value)
+            return f"objective.{key}: got {shown}; {self.name!r} expects {known.expected}."
         return None
-
-
-@dataclass(frozen=True)
-class BoundObjective:
-    """An objective with its hyperparameters: call it on a record to get losses ``[batch]``."""
-
-    objective: Objective
-    hyperparameters: Mapping[str, float]
-
-    def __call__(self, stats: PairStats) -> Tensor:
-        return self.objective.loss(stats, **self.hyperparameters)
-
-    def rewards(self, stats: PairStats) -> tuple[Tensor, Tensor]:
-        """Return the implicit rewards ``(chosen [batch], rejected [batch])``."""
-        return self.objective.rewards(stats, **self.hyperparameters)
-
-    @property
-    def name(self) -> str:
-        """The objective's name."""
-        return self.objective.name
-
-    def __str__(self) -> str:
-        values = ", ".join(f"{key}={value:g}" for key, value in self.hyperparameters.items())
-        return f"{self.name}({values})"
 
 
 def objective(
@@ -154,38 +188,47 @@ def objective(
     reference: bool,
     logps: Literal["sum", "mean"],
     monotone: bool,
-    extremes: Literal["linear", "bounded", "quadratic"],
+    extremes: Extremes,
     paper: str,
     arxiv: str,
     equation: str,
+    needs: tuple[str, ...] = (),
+    reduction: Literal["rows", "tokens"] = "rows",
     couples_rows: bool = False,
+    smooth: bool = True,
+    initial_state: Mapping[str, float] | None = None,
+    update: Update | None = None,
+    nll_weight: float | None = 0.0,
 ) -> Callable[[Loss], Loss]:
     """Enter a function into the table under its own name; see ``Objective`` for the arguments.
 
     The function comes back unchanged. Users register their own with the same decorator.
 
     Raises:
-        ValueError: a name that is taken, or a hyperparameter without keyword, default or range.
+        ValueError: a name that is taken, a need that no record has, a state without update, or a
+            hyperparameter without keyword, default or range.
     """
+    facts = {key: value for key, value in locals().items() if key != "initial_state"}
 
     def enter(loss: Loss) -> Loss:
         name = loss.__name__
         if name in OBJECTIVES and OBJECTIVES[name].loss.__module__ != loss.__module__:
             raise ValueError(f"objective {name!r}: the name is taken by {OBJECTIVES[name].loss}.")
+        legal = PAIR_NEEDS if data == "paired" else LABELLED_NEEDS
+        if unknown := [need for need in needs if need not in legal]:
+            raise ValueError(f"objective {name!r}: needs {unknown}; expected among {list(legal)}.")
+        if (initial_state is None) != (update is None):
+            raise ValueError(
+                f"objective {name!r}: a state has initial_state and update, or neither."
+            )
+        found = _read_hyperparameters(loss, skip=1 if initial_state is None else 2)
+        own = {"nll_weight": None} if data == "unpaired" or "nll_weight" in found else {}
         OBJECTIVES[name] = Objective(
             name=name,
             loss=loss,
-            rewards=rewards,
-            data=data,
-            reference=reference,
-            logps=logps,
-            couples_rows=couples_rows,
-            monotone=monotone,
-            extremes=extremes,
-            paper=paper,
-            arxiv=arxiv,
-            equation=equation,
-            hyperparameters=_read_hyperparameters(loss),
+            hyperparameters=found,
+            initial_state=dict(initial_state or {}),
+            **{**facts, **own},
         )
         return loss
 
@@ -203,17 +246,84 @@ def get(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def _read_hyperparameters(loss: Loss) -> dict[str, Hyperparameter]:
+def build(values: Mapping[str, Any]) -> BoundObjective:
+    """Return the objective that a config's section describes: one name, or a weighted mixture.
+
+    Args:
+        values: ``{"name": "dpo", "beta": 0.1}``, or ``{"name": "mixture", "terms": [{"name": "dpo",
+            "weight": 0.8, "beta": 0.1}, ...]}``.
+
+    Raises:
+        ConfigError: with a sentence for every problem.
+    """
+    further = {key: value for key, value in values.items() if key != "name"}
+    name = values.get("name", "dpo")
+    if name != "mixture":
+        return get(str(name)).bind(**further)
+    terms = further.pop("terms", None)
+    if further or not isinstance(terms, (list, tuple)) or not terms:
+        raise ConfigError(
+            "objective: a mixture takes 'terms' alone, a list such as [{name: dpo, weight: 0.8}, "
+            f"{{name: sft, weight: 1.0}}]; got {sorted(values)}."
+        )
+    problems, parts = [], []
+    for number, term in enumerate(terms):
+        where = f"objective.terms.{number}"
+        if not isinstance(term, Mapping) or not {"name", "weight"} <= set(term):
+            problems.append(f"{where}: got {term!r}; expected a mapping with name and weight.")
+            continue
+        rest = {k: v for k, v in term.items() if k not in ("name", "weight")}
+        try:
+            parts.append((term["weight"], get(str(term["name"])).bind(**rest)))
+        except ConfigError as error:
+            problems += [problem.replace("objective", where, 1) for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return mixture(parts)
+
+
+def mixture(parts: list[tuple[float, BoundObjective]]) -> BoundObjective:
+    """Return ``sum_k weight_k * objective_k`` (MPO, arXiv:2411.10442); rewards are the first one's.
+
+    Args:
+        parts: weights, positive, and objectives with their hyperparameters fixed, all on the same
+            kind of data.
+
+    Raises:
+        ConfigError: no part, a weight that is not positive, or paired and unpaired objectives.
+    """
+    problems = []
+    if not parts:
+        problems.append("objective: a mixture needs at least one term.")
+    for weight, part in parts:
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
+            problems.append(
+                f"objective.terms: weight of {part.name} is {weight!r}; expected a number above 0."
+            )
+    if len({part.data for _, part in parts}) > 1:
+        kinds = ", ".join(f"{part.name} ({part.data})" for _, part in parts)
+        problems.append(f"objective.terms: all terms need the same kind of data; got {kinds}.")
+    if problems:
+        raise ConfigError(problems)
+    terms = [
+        Term(weight * term.weight, term.objective, term.hyperparameters)
+        for weight, part in parts
+        for term in part.terms
+    ]
+    return BoundObjective(tuple(terms), frozenset(key for _, part in parts for key in part.given))
+
+
+def _read_hyperparameters(loss: Loss, skip: int) -> dict[str, Hyperparameter]:
     hints = get_type_hints(loss, include_extras=True)
     found = {}
-    for parameter in list(inspect.signature(loss).parameters.values())[1:]:
-        intervals = [m for m in get_args(hints[parameter.name]) if isinstance(m, Interval)]
+    for parameter in list(inspect.signature(loss).parameters.values())[skip:]:
+        name, hint = parameter.name, hints[parameter.name]
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-            raise ValueError(
-                f"objective {loss.__name__!r}: {parameter.name} needs keyword and default."
-            )
-        if not intervals:
-            raise ValueError(f"objective {loss.__name__!r}: {parameter.name} states no interval.")
-        default: Any = parameter.default
-        found[parameter.name] = Hyperparameter(parameter.name, float(default), intervals[0])
+            raise ValueError(f"objective {loss.__name__!r}: {name} needs keyword and default.")
+        intervals = [m for m in get_args(hint) if isinstance(m, Interval)]
+        if not intervals and hint is not bool:
+            raise ValueError(f"objective {loss.__name__!r}: {name} states no interval.")
+        default: Any = parameter.default if hint is bool else float(parameter.default)
+        found[name] = Hyperparameter(name, default, intervals[0] if intervals else None)
     return found

@@ -54,3 +54,45 @@ def dpo_reference_free(
     """
     z = beta * (stats.policy_chosen_logps - stats.policy_rejected_logps)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+
+
+def mean_logps(stats: PairStats, **_: float) -> tuple[Tensor, Tensor]:
+    """Implicit rewards without a scale: the log-prob per token of both sides."""
+    return stats.policy_mean_chosen_logps, stats.policy_mean_rejected_logps
+
+
+@objective(
+    rewards=mean_logps,
+    data="paired",
+    reference=False,
+    logps="mean",
+    monotone=True,
+    extremes="linear",
+    reduction="tokens",
+    nll_weight=None,
+    paper="Iterative Reasoning Preference Optimization (Pang et al., 2024), its NLL term",
+    arxiv="2404.19733",
+    equation="Eq. 1, second term",
+)
+def sft(stats: PairStats) -> Tensor:
+    """Supervised fine-tuning on the chosen side: negative log-likelihood per token.
+
+    ``-logp_chosen / length_chosen``; a batch is averaged over tokens, not over rows.
+
+    Args:
+        stats: log-probs of a batch of pairs, nats, each ``[batch]``; only the chosen side is read.
+
+    Returns:
+        Losses ``[batch]``, nats a token, non-negative.
+
+    Limits:
+        0 for a certain completion; linear in the log-prob. The rejected side gets no gradient.
+
+    Source:
+        Maximum likelihood; as a term beside a preference loss: arXiv:2404.19733, Eq. 1 (there per
+        row, with prompt and completion in the length).
+
+    Differs from:
+        LLaMA-Factory's ``pref_ftx`` and OpenRLHF, which average the means of the rows.
+    """
+    return -stats.policy_mean_chosen_logps
