@@ -23,7 +23,7 @@ from typing import Any
 
 import lora_dpo
 from lora_dpo.evaluation import Evaluation
-from lora_dpo.run import versions
+from lora_dpo.run_folder import versions
 
 STORIES = "stories656k_positive.standard.jsonl"
 TINY = "TinyStories-656K"

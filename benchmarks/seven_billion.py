@@ -326,7 +326,7 @@ PROCESSES: dict[str, Callable[[argparse.Namespace, Meter], dict[str, Any]]] = {
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """Run every process and return machine, versions, settings, phases and findings."""
-    from lora_dpo.run import versions
+    from lora_dpo.run_folder import versions
 
     phases: list[dict[str, Any]] = []
     findings: dict[str, Any] = {}

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from lora_dpo.config import Config
     from lora_dpo.data import load_preferences, tokenise
     from lora_dpo.errors import LoraDpoError
-    from lora_dpo.evaluation import evaluate_pairs
+    from lora_dpo.evaluation import evaluate_policy
     from lora_dpo.exporting import export_adapter, export_merged
     from lora_dpo.forward import completion_logps, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.policy import load_policy, reference
-    from lora_dpo.run import Run, evaluate, export, generate, train
+    from lora_dpo.run import evaluate, export, generate, train
+    from lora_dpo.run_folder import Run
     from lora_dpo.stats import PairStats
     from lora_dpo.trainer import PreferenceTrainer
 
@@ -27,10 +28,10 @@ _HOME = {
     "LoraDpoError": "errors",
     "PairStats": "stats",
     "PreferenceTrainer": "trainer",
-    "Run": "run",
+    "Run": "run_folder",
     "completion_logps": "forward",
     "evaluate": "run",
-    "evaluate_pairs": "evaluation",
+    "evaluate_policy": "evaluation",
     "export": "run",
     "export_adapter": "exporting",
     "export_merged": "exporting",
@@ -54,7 +55,7 @@ __all__ = [
     "Run",
     "completion_logps",
     "evaluate",
-    "evaluate_pairs",
+    "evaluate_policy",
     "export",
     "export_adapter",
     "export_merged",

@@ -1,6 +1,6 @@
-"""Held-out pairs under policy and reference: means of every metric with intervals.
+"""Held-out rows under policy and reference: means of every metric with intervals.
 
-Pairs that share a prompt are not independent, so intervals are clustered by prompt.
+Rows that share a prompt are not independent, so intervals are clustered by prompt.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_dpo.data import Tokenised, collate_pairs
-from lora_dpo.forward import pair_stats
+from lora_dpo.data import Tokenised, collate_labelled, collate_pairs
+from lora_dpo.forward import labelled_stats, pair_stats
 from lora_dpo.logprobs import CHUNK_TOKENS
-from lora_dpo.metrics import pair_metrics
+from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.objectives.bound import States
+from lora_dpo.reference_cache import known_reference
+from lora_dpo.stats import WITH_GRADIENT, AnyStats
+from lora_dpo.stepping import row_length
 
 Array = NDArray[np.float64]
 
@@ -38,11 +42,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one model on held-out pairs.
+    """Metrics of one model on held-out rows.
 
     Args:
         estimates: mean and 95 % interval of each metric.
-        rows: pairs; ``prompts``: distinct prompts among them, which the intervals are clustered by.
+        rows: how many; ``prompts``: distinct prompts among them, which the intervals are clustered by.
     """
 
     estimates: Mapping[str, Estimate]
@@ -59,57 +63,118 @@ class Evaluation:
 
     def __str__(self) -> str:
         width = max(map(len, self.estimates))
-        lines = [f"{self.rows} held-out pairs, {self.prompts} prompts; mean [95 % interval]"]
+        lines = [f"{self.rows} held-out rows, {self.prompts} prompts; mean [95 % interval]"]
         lines += [f"  {name:<{width}}  {value}" for name, value in self.estimates.items()]
         return "\n".join(lines)
 
 
-def evaluate_pairs(
+def evaluate_policy(
     policy: nn.Module,
     data: Tokenised,
     objective: BoundObjective,
     *,
-    pad_id: int,
+    states: States | None = None,
+    pad_id: int = 0,
     batch_size: int = 4,
     chunk: int = CHUNK_TOKENS,
 ) -> Evaluation:
-    """Return the metrics of ``policy`` on held-out pairs.
+    """Return the metrics of ``policy`` on held-out rows, whatever the batch size.
 
     Args:
         policy: evaluated without dropout; its mode is restored.
-        data: tokenised pairs.
+        data: tokenised rows of the kind that the objective takes.
         objective: whose losses and rewards are reported.
+        states: what the objective remembers of training, if it does.
         pad_id: token id that fills up rows; any will do, padding is masked.
-        batch_size: pairs of a forward pass.
+        batch_size: rows of a forward pass.
     """
+    stats = collect_stats(
+        policy, data, objective, pad_id=pad_id, batch_size=batch_size, chunk=chunk
+    )
+    return evaluate_stats(stats, objective, data.rows["prompt_key"], states)
+
+
+def collect_stats(
+    policy: nn.Module,
+    data: Tokenised,
+    objective: BoundObjective,
+    *,
+    pad_id: int = 0,
+    batch_size: int = 4,
+    chunk: int = CHUNK_TOKENS,
+) -> AnyStats:
+    """Return the statistics that ``objective`` reads, of all rows in their order, on the CPU."""
     device = next(policy.parameters()).device
-    order = np.argsort([_length(row) for row in data.rows], kind="stable")
-    columns: dict[str, list[Array]] = {}
+    order = sorted(range(len(data)), key=lambda i: row_length(data.rows[i]))
+    parts: list[AnyStats] = []
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad():
+        # draws of an objective (SamPO's) are the same in every evaluation
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             for start in range(0, len(order), batch_size):
-                rows = [data.rows[int(i)] for i in order[start : start + batch_size]]
-                batch = collate_pairs(rows, pad_id=pad_id).to(device)
-                stats = pair_stats(policy, batch, with_reference=objective.reference, chunk=chunk)
-                for name, value in pair_metrics(objective, stats, objective(stats)).items():
-                    columns.setdefault(name, []).append(value.double().cpu().numpy())
+                rows = [data.rows[i] for i in order[start : start + batch_size]]
+                stats = rows_stats(policy, rows, objective, device, pad_id=pad_id, chunk=chunk)
+                parts.append(stats.map(lambda _, value: value.cpu()))
     finally:
         policy.train(was_training)
-    prompts = [data.rows[int(i)]["prompt_key"] for i in order]
-    return summarise({k: np.concatenate(v) for k, v in columns.items()}, prompts)
+    back = torch.tensor(order).argsort()
+    return _cat(parts).map(lambda _, value: value[back])
+
+
+def rows_stats(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    objective: BoundObjective,
+    device: Any,
+    *,
+    pad_id: int = 0,
+    chunk: int = CHUNK_TOKENS,
+    gradient_only: bool = False,
+) -> AnyStats:
+    """Return the statistics that ``objective`` reads of a few tokenised rows, as one batch.
+
+    With ``gradient_only`` what carries no gradient is left out, the reference's log-probs above all.
+    """
+    reads = objective.reference and not gradient_only
+    options: dict[str, Any] = {
+        "with_reference": reads,
+        "needs": objective.needs & WITH_GRADIENT if gradient_only else objective.needs,
+        "fixed": known_reference(rows, device) if reads else None,
+        "chunk": chunk,
+    }
+    if objective.data == "paired":
+        return pair_stats(model, collate_pairs(rows, pad_id=pad_id).to(device), **options)
+    return labelled_stats(model, collate_labelled(rows, pad_id=pad_id).to(device), **options)
+
+
+def evaluate_stats(
+    stats: AnyStats,
+    objective: BoundObjective,
+    prompts: Sequence[Any],
+    states: States | None = None,
+) -> Evaluation:
+    """Return the metrics of rows whose statistics are known; losses that couple rows see all."""
+    exact = stats.map(lambda _, v: v.double() if v.is_floating_point() else v)
+    values = row_metrics(objective, exact, objective(exact, states))
+    return summarise({name: value.double().numpy() for name, value in values.items()}, prompts)
 
 
 def summarise(columns: Mapping[str, Array], prompts: Sequence[Any]) -> Evaluation:
-    """Return mean and 95 % interval of each column of per-pair values, clustered by prompt."""
+    """Return mean and 95 % interval of each column of per-row values, clustered by prompt.
+
+    NaN is no value; a column without any is left out.
+    """
     _, clusters = np.unique(np.asarray(prompts), return_inverse=True)
-    estimates = {
-        name: accuracy_interval(values, clusters)
-        if name.endswith("accuracies")
-        else mean_interval(values, clusters)
-        for name, values in columns.items()
-    }
+    estimates = {}
+    for name, values in columns.items():
+        there = ~np.isnan(values)
+        if not there.any():
+            continue
+        _, own = np.unique(clusters[there], return_inverse=True)
+        interval = accuracy_interval if name.endswith("accuracies") else mean_interval
+        estimates[name] = interval(values[there], own)
     return Evaluation(estimates, len(clusters), int(clusters.max()) + 1)
 
 
@@ -151,5 +216,5 @@ def _variance(values: Array, clusters: NDArray[np.int64]) -> float:
     return float(count / (count - 1) * (sums**2).sum() / len(values) ** 2)
 
 
-def _length(row: Mapping[str, Any]) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def _cat(parts: Sequence[AnyStats]) -> AnyStats:
+    return type(parts[0]).cat(parts)  # type: ignore[arg-type]  # all of one kind

@@ -8,18 +8,25 @@ a completion token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_dpo.errors import ModelError
-from lora_dpo.logprobs import CHUNK_TOKENS, Head, predicting_positions, sum_by_row, token_logps
+from lora_dpo.errors import DataError, ModelError
+from lora_dpo.logprobs import (
+    CHUNK_TOKENS,
+    Fixed,
+    Head,
+    predicting_positions,
+    sum_by_row,
+    token_values,
+)
 from lora_dpo.policy import reference
-from lora_dpo.stats import PairStats
+from lora_dpo.stats import LabelledStats, PairStats
 
 
 class Batch(Protocol):
@@ -33,8 +40,23 @@ class Batch(Protocol):
     def completion_mask(self) -> Tensor: ...  # [rows, time], True at completion tokens
 
 
+class Labelled(Batch, Protocol):
+    """Single answers with labels and, for a need of that name, mismatched completions."""
+
+    @property
+    def label(self) -> Tensor: ...  # [rows] bool
+    @property
+    def mismatched(self) -> Any: ...  # a Batch, or None
+
+
 def pair_stats(
-    model: nn.Module, batch: Batch, *, with_reference: bool = True, chunk: int = CHUNK_TOKENS
+    model: nn.Module,
+    batch: Batch,
+    *,
+    with_reference: bool = True,
+    needs: Set[str] = frozenset(),
+    fixed: Tensor | None = None,
+    chunk: int = CHUNK_TOKENS,
 ) -> PairStats:
     """Return the statistics of a batch of pairs under policy and, if asked, reference.
 
@@ -42,18 +64,56 @@ def pair_stats(
         model: the policy, bare or prepared by accelerate, in the mode that the caller chose.
         batch: chosen rows first, then the rejected ones in the same order.
         with_reference: whether the reference runs; it runs first, while no graph takes memory.
+        needs: further statistics, among ``stats.PAIR_NEEDS``; they are taken in the same passes.
+        fixed: summed log-probs of all rows under the reference where they are known, ``[rows]``;
+            it then runs only if a need of its own asks for it.
         chunk: positions whose logits exist at one time.
     """
-    fixed = None
-    if with_reference:
+    scores = _scores(batch) if "scores" in needs else {}
+    parts = _token_subsets(batch, needs)
+    theirs, head_states = None, None
+    if fixed is not None and not needs & _NEED_REFERENCE:
+        theirs = {"logps": fixed}
+    elif with_reference or "kls" in needs:
         with reference(model):
-            fixed = completion_logps(model, batch, chunk=chunk)
-    logps = completion_logps(model, batch, chunk=chunk)
-    lengths = completion_lengths(batch)
-    pairs = len(logps) // 2
-    return PairStats(
-        *logps.split(pairs), *lengths.split(pairs), *(() if fixed is None else fixed.split(pairs))
-    )
+            values, head_states = _completion_values(model, batch, chunk, keep="kls" in needs)
+        theirs = _sums(values, batch, parts)
+    values, _ = _completion_values(model, batch, chunk, wants=needs, fixed=head_states)
+    ours = _sums(values, batch, parts)
+    found = {"chosen_lengths": completion_lengths(batch).chunk(2)[0]}
+    found["rejected_lengths"] = completion_lengths(batch).chunk(2)[1]
+    for owner, sums in (("policy_", ours), ("reference_", theirs if with_reference else None)):
+        for name, value in (sums or {}).items():
+            prefix = "" if name == "confidences" else owner
+            for side, half in zip(("chosen", "rejected"), value.chunk(2), strict=True):
+                found[f"{prefix}{side}_{name}"] = half
+    return PairStats(**found, **scores)
+
+
+def labelled_stats(
+    model: nn.Module,
+    batch: Labelled,
+    *,
+    with_reference: bool = True,
+    needs: Set[str] = frozenset(),
+    fixed: Tensor | None = None,
+    chunk: int = CHUNK_TOKENS,
+) -> LabelledStats:
+    """Return the statistics of a batch of single answers; arguments as in ``pair_stats``."""
+    found = {"lengths": completion_lengths(batch), "labels": batch.label}
+    if fixed is not None:
+        found["reference_logps"] = fixed
+    elif with_reference:
+        with reference(model):
+            found["reference_logps"] = completion_logps(model, batch, chunk=chunk)
+    if "mismatched" in needs:
+        other = batch.mismatched
+        with reference(model):
+            found["reference_mismatched_logps"] = completion_logps(model, other, chunk=chunk)
+        with torch.no_grad():
+            found["policy_mismatched_logps"] = completion_logps(model, other, chunk=chunk)
+    found["policy_logps"] = completion_logps(model, batch, chunk=chunk)
+    return LabelledStats(**found)
 
 
 def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
@@ -61,19 +121,36 @@ def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKEN
 
     Gradient flows if the caller's mode lets it. Rows, padding and chunks do not touch each other.
     """
-    rows, _ = predicting_positions(batch.completion_mask)
-    tokens = completion_token_logps(model, batch, chunk=chunk)
-    return sum_by_row(tokens, rows, len(batch.input_ids))
+    values, _ = _completion_values(model, batch, chunk)
+    return _sums(values, batch, {})["logps"]
 
 
 def completion_token_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
     """Return the log-prob of every completion token, ``[tokens]``, row by row, nats, float32."""
+    return _completion_values(model, batch, chunk)[0]["logps"]
+
+
+def _completion_values(
+    model: nn.Module,
+    batch: Batch,
+    chunk: int,
+    *,
+    wants: Set[str] = frozenset(),
+    fixed: Fixed | None = None,
+    keep: bool = False,
+) -> tuple[dict[str, Tensor], Fixed | None]:
+    """Return per-token values ``[tokens]`` and, if they are to be kept, the states behind them."""
     rows, columns = predicting_positions(batch.completion_mask)
     targets = batch.input_ids[rows, columns + 1]
-    found: list[Tensor] = []
+    found: list[dict[str, Tensor]] = []
+    kept: list[Fixed] = []
 
     def score(hidden: Tensor, head: Head) -> Tensor:
-        found.append(token_logps(hidden[rows, columns], targets, head, chunk=chunk))
+        states = hidden[rows, columns]
+        found.append(token_values(states, targets, head, chunk=chunk, wants=wants, fixed=fixed))
+        if keep:
+            _check_shared_head(model)
+            kept.append(Fixed(states, head))
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     with _swapped_head(causal_lm(model), score), compute_context(model):
@@ -83,7 +160,71 @@ def completion_token_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK
             use_cache=False,
             **_positions(model, batch.attention_mask),
         )
-    return found[0]
+    return found[0], kept[0] if kept else None
+
+
+def _sums(values: dict[str, Tensor], batch: Batch, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each value by row: summed, over a part of the tokens where one is named, or meaned."""
+    rows, _ = predicting_positions(batch.completion_mask)
+    count = len(batch.input_ids)
+    sums = {name: sum_by_row(value, rows, count) for name, value in values.items()}
+    if "confidences" in sums:
+        sums["confidences"] = sums["confidences"] / completion_lengths(batch)
+    for name, chosen in parts.items():
+        sums[name] = sum_by_row(values["logps"] * chosen, rows, count)
+    return sums
+
+
+_NEED_REFERENCE = {"kls", "first_logps", "sampled_logps"}
+
+
+def _token_subsets(batch: Batch, needs: Set[str]) -> dict[str, Tensor]:
+    """Return which tokens belong to each wanted part, ``[tokens]`` bool, the same for both models."""
+    wanted = needs & {"first_logps", "sampled_logps"}
+    if not wanted:
+        return {}
+    rows, _ = predicting_positions(batch.completion_mask)
+    lengths = completion_lengths(batch)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)  # [rows], of both sides of a pair
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(rows), device=rows.device) - starts[rows]  # in its own completion
+    found = {}
+    if "first_logps" in wanted:
+        found["first_logps"] = place < shorter[rows]
+    if "sampled_logps" in wanted:
+        found["sampled_logps"] = _draw(lengths, shorter)
+    return found
+
+
+def _draw(lengths: Tensor, shorter: Tensor) -> Tensor:
+    """Draw ``shorter`` tokens of each completion; pair by pair, so that no batch split matters."""
+    pairs = len(lengths) // 2
+    masks: list[Tensor] = [torch.empty(0)] * len(lengths)
+    for pair in range(pairs):
+        for row in (pair, pair + pairs):
+            order = torch.rand(int(lengths[row])).argsort()
+            masks[row] = order < int(shorter[row])
+    return torch.cat(masks).to(lengths.device)
+
+
+def _scores(batch: Batch) -> dict[str, Tensor]:
+    names = ("chosen_scores", "rejected_scores")
+    found = {name: getattr(batch, name, None) for name in names}
+    if absent := [name for name, value in found.items() if value is None]:
+        raise DataError(
+            f"{', '.join(absent)}: not in the data; an objective that reads scores needs the columns "
+            "score_chosen and score_rejected."
+        )
+    return cast(dict[str, Tensor], found)
+
+
+def _check_shared_head(model: nn.Module) -> None:
+    head = causal_lm(model).get_output_embeddings()
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ModelError(
+            "the KL of whole distributions (TDPO) needs policy and reference to share their head, and "
+            "this policy trains it; leave lm_head out of lora.targets and lora.modules_to_save."
+        )
 
 
 def completion_lengths(batch: Batch) -> Tensor:

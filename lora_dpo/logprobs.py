@@ -2,12 +2,14 @@
 
 Only positions that predict a completion token go through the head, in chunks; each chunk's logits
 live while its log-sum-exp is taken and are built again in backward. The log-sum-exp is float32
-whatever the dtype of the head.
+whatever the dtype of the head. What needs the whole vocabulary beside the log-prob (a KL, the
+confidence of a distribution) is taken from the same logits, if asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,14 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_TOKENS = 1024
 
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Hidden states of the reference, ``[tokens, hidden]``, and its head."""
+
+    hidden: Tensor
+    head: Head
 
 
 def token_logps(
@@ -29,15 +39,39 @@ def token_logps(
         head: maps ``[n, hidden]`` to logits ``[n, vocabulary]``.
         chunk: tokens whose logits exist at one time, at least 1.
     """
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    keep_graph = torch.is_grad_enabled()
-    values = [
-        checkpoint(_chunk_logps, states, ids, head, use_reentrant=False)
-        if keep_graph
-        else _chunk_logps(states, ids, head)
-        for states, ids in pieces
-    ]
-    return torch.cat(values)
+    return token_values(hidden, targets, head, chunk=chunk)["logps"]
+
+
+def token_values(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    chunk: int = CHUNK_TOKENS,
+    wants: Set[str] = frozenset(),
+    fixed: Fixed | None = None,
+) -> dict[str, Tensor]:
+    """Return ``logps`` and what else is wanted of each target token, each ``[tokens]``, nats.
+
+    Args:
+        hidden, targets, head, chunk: as in ``token_logps``.
+        wants: ``confidences`` is ``log p(token) - log sum_v p(v)^2`` without gradient
+            (arXiv:2406.11827, Eq. 4); ``kls`` is ``KL(reference || policy)`` of the whole
+            distribution at that place (arXiv:2404.11999, Eq. 7).
+        fixed: the reference, for ``kls``.
+    """
+    names = ["logps", *sorted(wants & {"confidences", "kls"})]
+    values = []
+    for start in range(0, len(targets), chunk):
+        here = slice(start, start + chunk)
+        other = None if fixed is None else Fixed(fixed.hidden[here], fixed.head)
+        arguments = (hidden[here], targets[here], head, names, other)
+        values.append(
+            checkpoint(_chunk_values, *arguments, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else _chunk_values(*arguments)
+        )
+    return dict(zip(names, torch.cat(values).unbind(dim=1), strict=True))
 
 
 def predicting_positions(completion_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +90,25 @@ def sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, rows, values)
 
 
-def _chunk_logps(states: Tensor, ids: Tensor, head: Head) -> Tensor:
-    logits = head(states)  # [n, vocabulary]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+def _chunk_values(
+    states: Tensor, ids: Tensor, head: Head, names: list[str], fixed: Fixed | None
+) -> Tensor:
+    logits = _exact(head(states))  # [n, vocabulary]
+    normaliser = logits.logsumexp(dim=1)
+    logps = logits.gather(1, ids[:, None]).squeeze(1) - normaliser
+    found = {"logps": logps}
+    if "confidences" in names:
+        with torch.no_grad():
+            squares = (2 * logits).logsumexp(dim=1) - 2 * normaliser
+            found["confidences"] = logps.detach() - squares
+    if "kls" in names:
+        assert fixed is not None
+        with torch.no_grad():
+            other = _exact(fixed.head(fixed.hidden)).log_softmax(dim=1)
+        ours = logits - normaliser[:, None]
+        found["kls"] = (other.exp() * (other - ours)).sum(dim=1)
+    return torch.stack([found[name] for name in names], dim=1)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,7 +1,7 @@
 """Metrics of preference training, under the names that people's dashboards know.
 
-Each is a value per pair; a window adds them up until the next log line, so that what is logged is
-the mean over every pair since the last one and not over the last micro-batch.
+Each is a value per row; a window adds them up until the next log line, so that what is logged is
+the mean over every row since the last one and not over the last micro-batch.
 """
 
 from __future__ import annotations
@@ -16,71 +16,134 @@ import torch
 from torch import Tensor
 
 from lora_dpo.objectives import BoundObjective
-from lora_dpo.stats import PairStats
+from lora_dpo.stats import AnyStats, LabelledStats, PairStats
 
 
-def pair_metrics(objective: BoundObjective, stats: PairStats, losses: Tensor) -> dict[str, Tensor]:
-    """Return every metric per pair, each ``[batch]``, detached.
+def row_metrics(objective: BoundObjective, stats: AnyStats, losses: Tensor) -> dict[str, Tensor]:
+    """Return every metric per row, each ``[batch]``, detached; NaN where a row has none.
 
     ``rewards/*`` are the objective's own; ``logratios/*`` (policy minus reference, nats) exist only
-    with a reference; ``rewards/accuracies`` is 1, 0, or 0.5 for a tie.
+    with a reference. ``rewards/accuracies`` is the share in the right order, ties counting half: of
+    the given pairs, or of all couples of a wanted and an unwanted row. Of labelled rows the wanted
+    ones are ``chosen`` and the others ``rejected``; ``kl`` is KTO's estimate of the KL to the
+    reference, from mismatched completions.
     """
     with torch.no_grad():
-        chosen, rejected = objective.rewards(stats)
-        margins = chosen - rejected
-        values = {
-            "loss": losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins.sign() + 1) / 2,
-            "logps/chosen": stats.policy_chosen_logps,
-            "logps/rejected": stats.policy_rejected_logps,
-            "lengths/chosen": stats.chosen_lengths,
-            "lengths/rejected": stats.rejected_lengths,
-        }
-        if stats.has_reference:
-            values["logratios/chosen"] = stats.chosen_logratios
-            values["logratios/rejected"] = stats.rejected_logratios
-        return {name: value.detach() for name, value in values.items()}
+        if isinstance(stats, PairStats):
+            values = _pair_values(objective, stats)
+        else:
+            values = _labelled_values(objective, stats)
+        return {name: value.detach() for name, value in {"loss": losses, **values}.items()}
+
+
+def _pair_values(objective: BoundObjective, stats: PairStats) -> dict[str, Tensor]:
+    chosen, rejected = objective.rewards(stats)
+    margins = chosen - rejected
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "logps/chosen": stats.policy_chosen_logps,
+        "logps/rejected": stats.policy_rejected_logps,
+        "lengths/chosen": stats.chosen_lengths,
+        "lengths/rejected": stats.rejected_lengths,
+    }
+    if stats.has_reference:
+        values["logratios/chosen"] = stats.chosen_logratios
+        values["logratios/rejected"] = stats.rejected_logratios
+    return values
+
+
+def _labelled_values(objective: BoundObjective, stats: LabelledStats) -> dict[str, Tensor]:
+    (rewards,) = objective.rewards(stats)
+    columns = {"rewards": rewards, "logps": stats.policy_logps, "lengths": stats.lengths}
+    if stats.has_reference:
+        columns["logratios"] = stats.logratios
+    values = {}
+    for name, column in columns.items():
+        column = column.to(rewards.dtype)
+        values[f"{name}/chosen"] = column.where(stats.labels, torch.nan)
+        values[f"{name}/rejected"] = column.where(~stats.labels, torch.nan)
+    values |= class_contrasts(rewards, stats.labels)
+    if "policy_mismatched_logps" in stats.present():
+        values["kl"] = stats.mismatched_logratios
+    return values
+
+
+def class_contrasts(rewards: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return margin and order of wanted against unwanted rows, ``[batch]``.
+
+    Each column's mean is the estimate (difference of the classes' means; share of couples in the
+    right order), and its spread over rows is that of the estimate's influence function, so that an
+    interval of the mean is one of the estimate. NaN where a class is absent.
+    """
+    wanted, unwanted = rewards[labels], rewards[~labels]
+    if not len(wanted) or not len(unwanted):
+        nothing = torch.full_like(rewards, torch.nan)
+        return {"rewards/margins": nothing, "rewards/accuracies": nothing.clone()}
+    wins = ((wanted[:, None] - unwanted[None]).sign() + 1) / 2  # [wanted, unwanted]
+    estimates = {
+        "rewards/margins": (wanted - wanted.mean(), unwanted.mean() - unwanted),
+        "rewards/accuracies": (wins.mean(1) - wins.mean(), wins.mean(0) - wins.mean()),
+    }
+    centres = {
+        "rewards/margins": wanted.mean() - unwanted.mean(),
+        "rewards/accuracies": wins.mean(),
+    }
+    columns = {}
+    for name, (of_wanted, of_unwanted) in estimates.items():
+        column = torch.empty_like(rewards)
+        column[labels] = of_wanted * (len(rewards) / len(wanted))
+        column[~labels] = of_unwanted * (len(rewards) / len(unwanted))
+        columns[name] = column + centres[name]
+    return columns
 
 
 @dataclass
 class Window:
     """Sums of metrics since the last log line, kept on the device until they are read.
 
-    Part of a checkpoint, so that a resumed run logs what an uninterrupted one does.
+    Part of a checkpoint, so that a resumed run logs what an uninterrupted one does. NaN is no value:
+    a metric's mean is over the rows that have one.
     """
 
     names: list[str] = field(default_factory=list)
-    totals: Tensor | None = None  # [metric], float64
-    pairs: int = 0
+    totals: Tensor | None = None  # [2, metric], float64: sums and counts
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add a batch of per-pair values."""
+        """Add a batch of per-row values."""
         self.names = list(values)
-        totals = torch.stack([value.double().sum() for value in values.values()])
+        table = torch.stack([value.double() for value in values.values()], dim=1)  # [batch, metric]
+        missing = table.isnan()
+        # a loss that is not a number must not look like one that is not there
+        missing[:, self.names.index("loss")] = False
+        sums = table.masked_fill(missing, 0.0).sum(0)
+        totals = torch.stack([sums, (~missing).double().sum(0)])
         self.totals = totals if self.totals is None else self.totals.to(totals.device) + totals
-        self.pairs += len(values[self.names[0]])
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each metric over all pairs added, and start again."""
+        """Return the mean of each metric over all rows added, and start again."""
         state = self.state()
-        self.totals, self.pairs = None, 0
-        return {name: total / state["pairs"] for name, total in state["sums"].items()}
+        self.totals = None
+        return {
+            name: total / count
+            for name, (total, count) in state.items()
+            if count  # a class that did not occur has no mean
+        }
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values, exactly: float64 survives JSON."""
-        totals = [] if self.totals is None else self.totals.tolist()
-        sums = dict(zip(self.names, totals, strict=True)) if totals else {}
-        return {"sums": sums, "pairs": self.pairs}
+    def state(self) -> dict[str, list[float]]:
+        """Return sum and count of each metric, exactly: float64 survives JSON."""
+        if self.totals is None:
+            return {}
+        return dict(zip(self.names, self.totals.T.tolist(), strict=True))
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Window:
         """Return the window that ``state`` describes."""
-        sums = state["sums"]
-        totals = torch.tensor(list(sums.values()), dtype=torch.float64) if sums else None
-        return cls(list(sums), totals, state["pairs"])
+        values = list(state.values())
+        totals = torch.tensor(values, dtype=torch.float64).T.contiguous() if values else None
+        return cls(list(state), totals)
 
 
 def peak_gib(device: torch.device) -> float:

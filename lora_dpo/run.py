@@ -1,37 +1,23 @@
-"""A whole run, from a config to a folder, and a folder opened again.
-
-RUN/
-  config.yaml        the resolved config; reproduces the run
-  run.json           versions, what the reference was, results
-  data.json          what was dropped, truncated or repaired, with examples
-  metrics.jsonl      every log line
-  adapter/           the trained policy, as peft loads it, with tokenizer
-  reference/         the frozen starting adapter, if there was one
-  checkpoint-N/      to resume from; the best one on held-out rows is never deleted
-"""
+"""A whole run, from a config to a folder (``run_folder``), and what is done with one afterwards."""
 
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import set_seed
 
-from lora_dpo import objectives
 from lora_dpo.arguments import build_arguments
 from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
-from lora_dpo.errors import DataError, ExportError, OutputError
-from lora_dpo.evaluation import Evaluation, evaluate_pairs
+from lora_dpo.errors import ExportError
+from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.exporting import export_adapter, export_merged
 from lora_dpo.generation import Prompt, SideBySide, generate_side_by_side
 from lora_dpo.guards import (
@@ -45,106 +31,17 @@ from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
     check_base,
     describe_policy,
-    load_adapter,
-    load_base,
     load_policy,
     peft_config,
     save_adapter,
 )
 from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
 from lora_dpo.proving import Proof
-from lora_dpo.store import lock, read_json, write_json, write_text
+from lora_dpo.run_folder import Run, bound_objective, versions
+from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 
 logger = logging.getLogger("lora_dpo")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished (or saved) run: ``Run.open(folder)``, or what ``train`` returns."""
-
-    folder: Path
-    config: Config
-    results: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Run:
-        """Open the folder of a run that has trained.
-
-        Raises:
-            OutputError: the folder holds no run of ours.
-        """
-        path = Path(folder)
-        if not (path / "config.yaml").is_file():
-            raise OutputError(
-                f"{path}: no run there (config.yaml is missing). Give the folder that "
-                "'lora-dpo train' wrote, its output.dir."
-            )
-        results = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-        return cls(path, Config.load(path / "config.yaml"), results)
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Every log line, oldest first."""
-        import json
-
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
-    @property
-    def objective(self) -> BoundObjective:
-        """The objective with its hyperparameters."""
-        return _bound(self.config)
-
-    def tokenizer(self) -> Any:
-        """Return the run's tokenizer."""
-        return load_tokenizer(self.config)
-
-    def load_policy(self, checkpoint: str = "final") -> Any:
-        """Load base, trained adapter and reference.
-
-        Args:
-            checkpoint: ``final``, ``best``, or the step of a checkpoint.
-        """
-        adapter = self._adapter_folder(checkpoint)
-        start = self.folder / "reference"
-        base = load_base(self.config.model)
-        return load_adapter(base, adapter, start if start.is_dir() else None)
-
-    def held_out(self) -> Tokenised:
-        """Return the run's held-out rows, tokenised as in training."""
-        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
-        if data.held_out is None:
-            raise DataError(f"{self.folder}: the run has no held-out rows; give some with --data.")
-        if self.results.get("held_out_rows") not in (None, data.held_out.fingerprint):
-            raise DataError(
-                f"{self.folder}: the data has changed since the run, so its held-out rows may be ones "
-                "that it was trained on. Bring the old files back, or give held-out rows with --data."
-            )
-        return data.held_out
-
-    def proof_rows(self) -> Tokenised:
-        """Return rows to compare an export on: held-out ones, else what the files hold now."""
-        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
-        return data.held_out if data.held_out is not None else data.train
-
-    def _adapter_folder(self, checkpoint: str) -> Path:
-        if checkpoint == "final":
-            folder = self.folder / "adapter"
-        elif checkpoint == "best":
-            best = self.results.get("best_checkpoint")
-            if not best:
-                raise OutputError(f"{self.folder}: no best checkpoint is recorded; use 'final'.")
-            folder = self.folder / best
-        else:
-            folder = self.folder / f"checkpoint-{checkpoint.removeprefix('checkpoint-')}"
-        if not (folder / "adapter_config.json").is_file():
-            found = sorted(p.name for p in self.folder.glob("checkpoint-*"))
-            raise OutputError(
-                f"{folder}: no adapter there. The run has {', '.join(found) or 'no checkpoints'}"
-                f"{' and adapter/' if (self.folder / 'adapter').is_dir() else ' (training did not end)'}."
-            )
-        return folder
 
 
 def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:
@@ -162,11 +59,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     config = _as_config(config).resolved()
     folder = Path(config.output.dir)
     check_folder(folder, resume=resume)
-    objective = _bound(config)
-    if objective.data != "paired":
-        raise DataError(
-            f"objective {objective.name!r} needs unpaired data, which is not trained on yet."
-        )
+    objective = bound_objective(config)
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
     if resume:
@@ -213,16 +106,20 @@ def evaluate(
     run = _as_run(run)
     tokenizer = run.tokenizer()
     rows = (
-        tokenise_rows(load_rows(run.config, data, "paired"), run.config, tokenizer)
+        tokenise_rows(load_rows(run.config, data, run.objective.data), run.config, tokenizer)
         if data
         else run.held_out()
     )
     width = batch_size or int(run.config.train.further.get("per_device_eval_batch_size", 2))
-    return evaluate_pairs(
+    if "mismatched" in run.objective.needs:
+        from lora_dpo.data import with_mismatched  # TEMP
+
+        rows = with_mismatched(rows)
+    return evaluate_policy(
         run.load_policy(checkpoint),
         rows,
         run.objective,
-        pad_id=0,
+        states=run.objective_states(checkpoint),
         batch_size=width,
         chunk=run.config.train.chunk_tokens,
     )
@@ -339,7 +236,7 @@ def _finish(
     tokenizer.save_pretrained(folder / "adapter")
     best = trainer.state.best_model_checkpoint
     results: dict[str, Any] = {
-        "objective": str(objective),
+        "objective": str(trainer.objective),
         "reference": trainer.reference_in_words,
         "steps": trainer.state.global_step,
         "chat": data.is_chat,
@@ -347,6 +244,8 @@ def _finish(
         "held_out_rows": data.held_out.fingerprint if data.held_out is not None else None,
         "rows": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
         "best_checkpoint": Path(best).name if best else None,
+        "labels": _label_counts(data.train) if objective.data == "unpaired" else None,
+        "objective_states": trainer.states,
         "versions": versions(),
     }
     if data.held_out is not None:
@@ -361,6 +260,12 @@ def _finish(
     return Run(folder, config, results)
 
 
+def _label_counts(data: Tokenised) -> list[int]:
+    from lora_dpo.data import label_counts  # TEMP
+
+    return list(label_counts(data))
+
+
 def _write_settings(folder: Path, config: Config, data: RunData) -> None:
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "data.json", {name: r.to_dict() for name, r in data.reports.items()})
@@ -368,35 +273,9 @@ def _write_settings(folder: Path, config: Config, data: RunData) -> None:
 
 def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:
     """Return held-out rows for the proof of a merge, short ones first, one a prompt."""
-    by_prompt = {row["prompt_key"]: (row["prompt_ids"], row["chosen_ids"]) for row in rows.rows}
+    answer = "chosen_ids" if rows.kind == "paired" else "completion_ids"
+    by_prompt = {row["prompt_key"]: (row["prompt_ids"], row[answer]) for row in rows.rows}
     return sorted(by_prompt.values(), key=lambda pair: len(pair[0]) + len(pair[1]))[:64]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version(), "device": _device_name()}
-    for name in (
-        "lora-dpo",
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "accelerate",
-        "datasets",
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _bound(config: Config) -> BoundObjective:
-    return objectives.build(config.objective.to_dict())
 
 
 def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:

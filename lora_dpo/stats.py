@@ -40,6 +40,8 @@ LABELLED_NEEDS: Mapping[str, tuple[str, ...]] = {
     "lengths": ("lengths",),
     "mismatched": ("policy_mismatched_logps", "reference_mismatched_logps"),
 }
+# Needs whose fields carry gradient into the policy.
+WITH_GRADIENT = frozenset({"first_logps", "sampled_logps", "kls"})
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,26 @@ class LabelledStats(_Stats):
 
 AnyStats = PairStats | LabelledStats
 S = TypeVar("S", PairStats, LabelledStats)
+
+
+def stats_of(values: Mapping[str, Tensor]) -> AnyStats:
+    """Return the record that holds these fields, whatever floats they were sent as."""
+    exact = {
+        name: value.bool() if name == "labels" else value.long() if "lengths" in name else value
+        for name, value in values.items()
+    }
+    return PairStats(**exact) if "chosen_lengths" in exact else LabelledStats(**exact)
+
+
+def reference_logps(stats: AnyStats) -> Tensor:
+    """Return the log-probs of all rows under the reference: chosen first, then rejected."""
+    return torch.cat([getattr(stats, f"reference_{side}") for side in stats._sides])
+
+
+def largest_logratio(stats: AnyStats) -> Tensor:
+    """Return the largest distance of a log-prob from the reference's, nats."""
+    ours = torch.cat([getattr(stats, f"policy_{side}") for side in stats._sides])
+    return (ours - reference_logps(stats)).abs().max()
 
 
 def _at_reference(stats: S) -> S:

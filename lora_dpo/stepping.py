@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +15,16 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from lora_dpo.arguments import REFUSED
-from lora_dpo.data import Tokenised, load_preferences, tokenise
+from lora_dpo.data import (
+    Tokenised,
+    load_preferences,
+    tokenise,
+)
+from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.objectives import BoundObjective
+
+logger = logging.getLogger("lora_dpo")
 
 # Refused from Python too: each would act on the policy and not on its reference, or on nothing.
 _NOISY = (
@@ -25,24 +36,29 @@ _NOISY = (
 )
 
 
-def refuse_objective(bound: BoundObjective) -> None:
-    if bound.data != "paired":
+def refuse_objective(bound: BoundObjective, args: TrainingArguments) -> None:
+    """Refuse what this machine's processes cannot compute rightly."""
+    if (bound.couples_rows or bound.initial_states()) and args.world_size > 1:
         raise ConfigError(
-            f"objective {bound.name!r}: needs unpaired data, which is not trained on yet."
-        )
-    if bound.couples_rows:
-        raise ConfigError(
-            f"objective {bound.name!r}: couples the rows of a batch, and a step is split into "
-            "micro-batches here; such objectives are not trained yet."
+            f"objective {bound.name!r}: its loss depends on all rows of a step, and "
+            f"{args.world_size} processes each see their own; run it in one process."
         )
 
 
-def tokenised(data: Any, tokenizer: Any, max_length: int) -> Tokenised:
+def tokenised(data: Any, tokenizer: Any, max_length: int, kind: Kind) -> Tokenised:
+    """Return tokenised rows of the kind that the objective takes."""
     if isinstance(data, Tokenised):
-        return data
-    if tokenizer is None:
+        rows: Tokenised = data
+    elif tokenizer is None:
         raise DataError("PreferenceTrainer: data that is not tokenised needs tokenizer=...")
-    return tokenise(load_preferences(data, kind="paired"), tokenizer, max_length=max_length)
+    else:
+        rows = tokenise(load_preferences(data, kind=kind), tokenizer, max_length=max_length)
+    if rows.kind != kind:
+        raise DataError(
+            f"PreferenceTrainer: the data are {rows.kind}, and the objective takes {kind} rows; choose "
+            "another objective, or load the data with kind='unpaired' to read a pair as two rows."
+        )
+    return rows
 
 
 def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArguments:
@@ -69,6 +85,75 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     return args
 
 
+def ready(
+    bound: BoundObjective, train: Tokenised, held_out: Tokenised | None
+) -> tuple[BoundObjective, Tokenised, Tokenised | None]:
+    """Return objective and rows with what they need of each other: weights, scores, mismatches.
+
+    Raises:
+        DataError: rows without a score that the objective reads, or with one prompt alone where
+            another row's completion is needed.
+    """
+    sets = [data for data in (train, held_out) if data is not None]
+    if bound.data == "unpaired" or "scores" in bound.needs:
+        from lora_dpo.data import label_counts, require_scores, with_mismatched  # TEMP
+    if "scores" in bound.needs:
+        for data in sets:
+            require_scores(data)
+    if "mismatched" in bound.needs:
+        sets = [with_mismatched(data) for data in sets]
+    if bound.data == "unpaired":
+        wanted, unwanted = label_counts(train)
+        balanced = bound.balanced(wanted, unwanted)
+        text = f"labels: {wanted} wanted, {unwanted} unwanted"
+        if balanced is not bound:
+            values = balanced.hyperparameters
+            text += (
+                f"; desirable_weight {values['desirable_weight']:.4g}, undesirable_weight "
+                f"{values['undesirable_weight']:.4g}: the rarer class weighs most/fewest, so that "
+                "both weigh the same (set objective.desirable_weight to choose)"
+            )
+        logger.info(text)
+        bound = balanced
+    return bound, sets[0], sets[1] if len(sets) > 1 else None
+
+
+class RowMargins:
+    """Reward margins of training rows as they were seen, for ``row_margins.jsonl``."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._kept: list[tuple[int, list[tuple[str, int]], torch.Tensor]] = []
+
+    def begin(self, step: int) -> None:
+        """Leave of an older file what the checkpoint of this step had seen."""
+        if self.path is not None and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def add(self, step: int, rows: Sequence[Mapping[str, Any]], margins: torch.Tensor) -> None:
+        """Keep the margins of a step on the device."""
+        if self.path is not None:
+            self._kept.append((step, [(row["file"], row["row"]) for row in rows], margins))
+
+    def write(self) -> None:
+        """Append what was kept."""
+        if self.path is None or not self._kept:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            for step, places, margins in self._kept:
+                values = [round(value, 5) for value in margins.tolist()]
+                rows = [[*place, value] for place, value in zip(places, values, strict=True)]
+                stream.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        self._kept = []
+
+
+def step_of(checkpoint: str | bool | None) -> int:
+    """Return the step of a checkpoint's folder; 0 without one."""
+    return int(Path(checkpoint).name.rpartition("-")[2]) if isinstance(checkpoint, str) else 0
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows on their way through the library, which would walk through every token of a list."""
@@ -81,12 +166,26 @@ def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": Rows(rows)}
 
 
-def row_length(row: dict[str, Any]) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def row_length(row: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence of a row."""
+    return len(row["prompt_ids"]) + max(map(len, _answers(row)))
 
 
-def row_tokens(row: dict[str, Any]) -> int:
-    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+def row_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens of all sequences of a row."""
+    answers = _answers(row)
+    return len(row["prompt_ids"]) * len(answers) + sum(map(len, answers))
+
+
+def counted_tokens(row: Mapping[str, Any]) -> int:
+    """Completion tokens by which a row counts in a mean over tokens."""
+    return len(_answers(row)[0])
+
+
+def _answers(row: Mapping[str, Any]) -> list[Sequence[int]]:
+    if "chosen_ids" in row:
+        return [row["chosen_ids"], row["rejected_ids"]]
+    return [row["completion_ids"]]
 
 
 def is_finite(value: float) -> bool:

@@ -6,10 +6,9 @@ weighs each pair by the pairs of the whole step on all ranks, so that 1 x 8 equa
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +32,13 @@ from lora_dpo.checkpoints import (
     rotate,
     seal_checkpoint,
 )
-from lora_dpo.data import collate_pairs
 from lora_dpo.errors import DataError, TrainingError
-from lora_dpo.evaluation import summarise
-from lora_dpo.forward import check_head, pair_stats
+from lora_dpo.evaluation import evaluate_stats, rows_stats
+from lora_dpo.forward import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
-from lora_dpo.metrics import Window, pair_metrics, peak_gib
+from lora_dpo.metrics import Window, peak_gib, row_metrics
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.passes import Passes
 from lora_dpo.policy import (
     describe_policy,
     describe_reference,
@@ -48,14 +47,19 @@ from lora_dpo.policy import (
     save_adapter,
     unwrap,
 )
-from lora_dpo.stats import PairStats
+from lora_dpo.reference_cache import check_known_reference, without_known_reference
+from lora_dpo.stats import AnyStats, largest_logratio, reference_logps, stats_of
 from lora_dpo.stepping import (
+    RowMargins,
+    counted_tokens,
     is_finite,
     keep_rows,
     one_batch_a_step,
+    ready,
     refuse_objective,
     row_length,
     row_tokens,
+    step_of,
     tokenised,
 )
 from lora_dpo.store import MANIFEST, read_json, read_manifest, write_json
@@ -110,10 +114,9 @@ class PreferenceTrainer(Trainer):
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
-        self.objective = bound
         self.chunk_tokens = chunk_tokens
         show_log_lines()
-        refuse_objective(bound)
+        refuse_objective(bound, args)
         self.window = Window()
         self.stop = StopCallback()
         self.micro_batch = args.per_device_train_batch_size
@@ -122,12 +125,15 @@ class PreferenceTrainer(Trainer):
         self._check_logps: list[float] = []
         self.evaluated_at = -1
         train, held_out = (
-            tokenised(data, tokenizer, max_length) if data is not None else None
+            tokenised(data, tokenizer, max_length, bound.data) if data is not None else None
             for data in (train_data, eval_data)
         )
         if train is None or not len(train):
             raise DataError("PreferenceTrainer: train_data holds no rows.")
         self.facts = {**(facts or {"objective": str(bound)}), "rows": train.fingerprint[:16]}
+        self.objective, train, held_out = ready(bound, train, held_out)
+        self.states = self.objective.initial_states()
+        self._margins = RowMargins()
         super().__init__(
             model=prepare_policy(policy, reference_is=reference_is),
             args=one_batch_a_step(args, unwrap(policy)),
@@ -146,37 +152,40 @@ class PreferenceTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Backpropagate the mean loss over all pairs of the step; return it, detached."""
+        """Backpropagate the mean loss over all rows of the step; return it, detached."""
         model.train()
-        rows = sorted(
-            inputs["rows"].rows, key=row_length, reverse=True
-        )  # the largest first: it fits or not
-        pairs_of_step = self._over_ranks(len(rows))
-        losses = []
-        for start in range(0, len(rows), self.micro_batch):
-            part = rows[start : start + self.micro_batch]
-            last = start + self.micro_batch >= len(rows)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                part_losses = self._losses(model, part)
-                scale = self.accelerator.num_processes / pairs_of_step
-                self.accelerator.backward(part_losses.sum() * scale)
-            losses.append(part_losses.detach())
-        every = torch.cat(losses)
-        self._stop_unless_finite(model, rows, every)
-        mean: Tensor = every.sum() * self.accelerator.num_processes / pairs_of_step
+        # the largest first: it fits or not
+        rows = sorted(inputs["rows"].rows, key=row_length, reverse=True)
+        tokens, count = self._over_ranks(sum(map(counted_tokens, rows)), len(rows))
+        scale = self.accelerator.num_processes / count
+        passes = Passes(
+            self.objective,
+            self._stats,
+            self.accelerator.backward,
+            self.accelerator.no_sync,
+            self.micro_batch,
+        )
+        step = passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
+        self._stop_unless_finite(model, rows, step.losses)
+        self.states = self.objective.updated(self.states, step.stats)
+        values = row_metrics(self.objective, step.stats, step.losses)
+        self.window.add(values)
+        if self.objective.data == "paired":
+            self._margins.add(self.state.global_step + 1, rows, values["rewards/margins"])
+        mean: Tensor = step.losses.sum() * scale
         return mean
 
-    def _losses(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
-        stats = self._stats(model, rows)
-        losses = self.objective(stats)
-        self.window.add(pair_metrics(self.objective, stats, losses))
-        return losses
-
-    def _stats(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> PairStats:
-        batch = collate_pairs(rows, pad_id=0).to(self.args.device)
-        self._tokens += sum(row_tokens(row) for row in rows)
-        return pair_stats(
-            model, batch, with_reference=self.objective.reference, chunk=self.chunk_tokens
+    def _stats(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], gradient_only: bool = False
+    ) -> AnyStats:
+        self._tokens += 0 if gradient_only else sum(row_tokens(row) for row in rows)
+        return rows_stats(
+            model,
+            rows,
+            self.objective,
+            self.args.device,
+            chunk=self.chunk_tokens,
+            gradient_only=gradient_only,
         )
 
     def _stop_unless_finite(
@@ -200,11 +209,12 @@ class PreferenceTrainer(Trainer):
             "train.learning_rate, or use model.compute_dtype: float32."
         )
 
-    def _over_ranks(self, count: int) -> int:
+    def _over_ranks(self, *counts: int) -> list[int]:
         if self.accelerator.num_processes == 1:
-            return count
-        total = torch.tensor(count, device=self.args.device)
-        return int(self.accelerator.reduce(total, reduction="sum"))
+            return list(counts)
+        totals = torch.tensor(counts, device=self.args.device)
+        summed: list[int] = self.accelerator.reduce(totals, reduction="sum").tolist()
+        return summed
 
     # ---- evaluation --------------------------------------------------------------------------
 
@@ -212,6 +222,7 @@ class PreferenceTrainer(Trainer):
         """Evaluate without moving the random numbers that training draws from."""
         began, tokens = time.monotonic(), self._tokens
         with torch.random.fork_rng():
+            torch.manual_seed(0)  # an objective's draws are the same in every evaluation
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluated_at = self.state.global_step
         self._clock, self._tokens = self._clock + time.monotonic() - began, tokens
@@ -224,19 +235,21 @@ class PreferenceTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Return per-pair metrics in place of logits; the library gathers them over ranks."""
+        """Return per-row statistics in place of logits; the library gathers them over ranks."""
         rows = inputs["rows"].rows
         with torch.no_grad():
-            stats = self._stats(model, rows)
-            values = pair_metrics(self.objective, stats, self.objective(stats))
-        self._metric_names = list(values)
-        table = torch.stack([value.double() for value in values.values()], dim=1)  # [batch, metric]
+            present = self._stats(model, rows).present()
+        self._statistics = list(present)
+        table = torch.stack([value.double() for value in present.values()], dim=1)
         keys = [int(row["prompt_key"][:12], 16) for row in rows]
         return None, table, torch.tensor(keys, device=table.device)
 
     def _held_out_metrics(self, prediction: Any) -> dict[str, float]:
-        columns = dict(zip(self._metric_names, prediction.predictions.T, strict=True))
-        self.last_evaluation = summarise(columns, prediction.label_ids)
+        table = torch.from_numpy(prediction.predictions)  # [rows, statistic]
+        stats = stats_of(dict(zip(self._statistics, table.unbind(1), strict=True)))
+        self.last_evaluation = evaluate_stats(
+            stats, self.objective, prediction.label_ids, self.states
+        )
         return {name: estimate.mean for name, estimate in self.last_evaluation.estimates.items()}
 
     # ---- a whole run -------------------------------------------------------------------------
@@ -260,6 +273,7 @@ class PreferenceTrainer(Trainer):
             for line in self.self_check():
                 logger.info(line)
         self._clock, self._tokens = time.monotonic(), 0
+        self._margins.begin(step_of(resume_from_checkpoint))
         with self.stop.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         saved = self.folder / f"checkpoint-{self.state.global_step}" / MANIFEST
@@ -285,14 +299,16 @@ class PreferenceTrainer(Trainer):
         lines = facts.lines()
         if not stats.has_reference:
             return [*lines[:-1], f"{self.objective.name} reads no reference; none will run"]
-        ratio = float(torch.cat([stats.chosen_logratios, stats.rejected_logratios]).abs().max())
-        loss, start = (float(self.objective(s).mean()) for s in (stats, stats.at_reference()))
+        ratio = float(largest_logratio(stats))
+        loss, start = (
+            float(self.objective(s, self.states).mean()) for s in (stats, stats.at_reference())
+        )
         if not equals_reference(self.model):
             return [
                 *lines,
                 f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}",
             ]
-        scale = float(stats.policy_chosen_logps.abs().max())
+        scale = max(abs(value) for value in self._check_logps)
         if ratio > 1e-4 * max(scale, 1.0):
             raise TrainingError(
                 f"self-check: policy and reference have the same weights, yet their log-probs differ "
@@ -300,7 +316,7 @@ class PreferenceTrainer(Trainer):
             )
         return [
             *lines,
-            f"self-check: policy = reference on {len(stats.chosen_lengths)} pairs "
+            f"self-check: policy = reference on {len(stats)} rows "
             f"(log-ratio {ratio:.2g}), loss {loss:.4f} = its start value {start:.4f}",
         ]
 
@@ -314,18 +330,17 @@ class PreferenceTrainer(Trainer):
         """What the reference is; that there is none, for an objective that reads none."""
         return describe_reference(self.model) if self.objective.reference else "none"
 
-    def _probe(self) -> PairStats:
+    def _probe(self) -> AnyStats:
         rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
         model = self.model
         was_training = model.training
         model.eval()
-        with torch.no_grad():
-            stats = self._stats(model, rows)
+        with torch.no_grad(), torch.random.fork_rng():
+            stats = self._stats(model, [without_known_reference(row) for row in rows])
         model.train(was_training)
         if stats.has_reference:
-            self._check_logps = torch.cat(
-                [stats.reference_chosen_logps, stats.reference_rejected_logps]
-            ).tolist()
+            self._check_logps = reference_logps(stats).tolist()
+            check_known_reference(rows, reference_logps(stats))
         return stats
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -342,8 +357,13 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
-        state = {"window": self.window.state(), "reference_logps": self._check_logps}
+        state = {
+            "window": self.window.state(),
+            "reference_logps": self._check_logps,
+            "objective": self.states,
+        }
         write_json(folder / STATE, state)
+        self._margins.write()
         seal_checkpoint(folder, {**self.facts, "reference": describe_reference(self.model)})
         best = self.state.best_model_checkpoint
         rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
@@ -365,7 +385,7 @@ class PreferenceTrainer(Trainer):
                 f"{folder}: the reference or the data is not the one that this run began with (its "
                 "log-probs of the first rows differ). Resume with the same base, adapter and data."
             )
-        self.window = Window.of(state["window"])
+        self.window, self.states = Window.of(state["window"]), state["objective"]
         logger.info("resuming from %s", folder)
         return str(folder)
 
@@ -378,6 +398,7 @@ class PreferenceTrainer(Trainer):
             logs = {**logs, **self.window.means(), "tokens_per_second": self._tokens / seconds}
             logs["memory/peak_gib"] = peak_gib(self.args.device)
             self._clock, self._tokens = time.monotonic(), 0
+            self._margins.write()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -392,5 +413,6 @@ class PreferenceTrainer(Trainer):
         self.add_callback(ConsoleCallback())
 
     def write_metrics_to(self, path: Path) -> None:
-        """Keep every log line as JSON in ``path``."""
+        """Keep every log line as JSON in ``path``, and beside it the margins of training rows."""
         self.add_callback(JsonlCallback(path))
+        self._margins.path = path.with_name("row_margins.jsonl")

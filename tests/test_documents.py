@@ -19,7 +19,8 @@ from lora_dpo.config import Config
 from lora_dpo.objectives import OBJECTIVES
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_tokenizer, prepare_data
-from lora_dpo.run import _bound, _build_trainer
+from lora_dpo.run import _build_trainer
+from lora_dpo.run_folder import bound_objective
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def test_every_yaml_is_loaded_validated_and_built_on_a_tiny_model(
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     overrides = [f"model.base={tiny_model}", f"data.train={data}", f"output.dir={tmp_path / 'run'}"]
     config = Config.load(path, [*overrides, "data.eval=null", "train.use_cpu=true"])
-    objective = _bound(config)
+    objective = bound_objective(config)
     check_base(config.model)
     arguments = build_arguments(config.train.further, output_dir=str(tmp_path), evaluates=True)
     rows = prepare_data(config, load_tokenizer(config), objective.objective.data)

@@ -66,4 +66,4 @@ def test_a_summary_names_rows_prompts_and_every_metric() -> None:
     assert (found.rows, found.prompts) == (3, 2)
     assert found["loss"].mean == 2.0
     assert found["rewards/accuracies"].mean == 0.5
-    assert "3 held-out pairs, 2 prompts" in str(found)
+    assert "3 held-out rows, 2 prompts" in str(found)

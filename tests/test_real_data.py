@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_dpo
 from lora_dpo.data import PairBatch, collate_pairs
-from lora_dpo.run import Run
+from lora_dpo.run_folder import Run
 
 STEPS = 40  # three seeds gave 0.875, 0.875 and 0.880
 

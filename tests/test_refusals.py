@@ -27,9 +27,9 @@ from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, Tra
 from lora_dpo.exporting import export_merged
 from lora_dpo.forward import check_head
 from lora_dpo.policy import load_policy, prepare_policy, save_adapter
-from lora_dpo.run import Run, evaluate, export, train
-from lora_dpo.stepping import one_batch_a_step
-from lora_dpo.trainer import PreferenceTrainer
+from lora_dpo.run import evaluate, export, train
+from lora_dpo.run_folder import Run
+from lora_dpo.stepping import one_batch_a_step, refuse_objective
 from tests.helpers import move_adapter, random_rows
 from tests.test_run import _values
 
@@ -242,19 +242,19 @@ def test_noise_in_the_policy_alone_is_refused_from_python_too(
         one_batch_a_step(arguments, policy)
 
 
-def test_objectives_that_a_split_step_would_falsify_are_refused(
-    tiny_model: Path, tmp_path: Path, pairs: list[dict[str, str]]
+def test_objectives_that_several_processes_would_falsify_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each process sees its own rows of a step only."""
     import dataclasses
 
     row = dataclasses.replace(objectives.get("dpo"), couples_rows=True)
-    with pytest.raises(ConfigError, match="couples the rows of a batch"):
-        PreferenceTrainer(
-            load_policy(tiny_model),
-            objective=row.bind(),
-            args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True),
-            train_data=pairs,
-        )
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    refuse_objective(row.bind(), args)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    refuse_objective(objectives.get("dpo").bind(), args)
+    with pytest.raises(ConfigError, match="run it in one process"):
+        refuse_objective(row.bind(), args)
 
 
 @pytest.mark.parametrize(

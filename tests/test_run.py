@@ -22,7 +22,8 @@ from lora_dpo.cli import app
 from lora_dpo.config import Config
 from lora_dpo.errors import TrainingError
 from lora_dpo.policy import bases
-from lora_dpo.run import Run, evaluate, export, generate, train
+from lora_dpo.run import evaluate, export, generate, train
+from lora_dpo.run_folder import Run
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lora_dpo.checkpoints import latest_checkpoint, list_checkpoints
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import DataError, OutputError, TrainingError
-from lora_dpo.evaluation import evaluate_pairs
+from lora_dpo.evaluation import evaluate_policy
 from lora_dpo.policy import load_policy
 from lora_dpo.store import MANIFEST
 from lora_dpo.trainer import PreferenceTrainer
@@ -106,7 +106,7 @@ def test_the_logged_metrics_are_means_over_every_pair_since_the_last_line(
     trainer = PreferenceTrainer(policy, args=arguments, train_data=rows, reference_is="base")
     trainer.train()
     (log,) = _logs(trainer)
-    expected = evaluate_pairs(policy, rows, trainer.objective, pad_id=0)
+    expected = evaluate_policy(policy, rows, trainer.objective, pad_id=0)
     for name, estimate in expected.estimates.items():
         assert log[name] == pytest.approx(estimate.mean, rel=1e-4, abs=1e-5)
     assert {
@@ -140,7 +140,7 @@ def test_the_trainers_evaluation_is_the_standalone_one(
         policy, args=_arguments(tmp_path), train_data=rows, eval_data=rows, reference_is="base"
     )
     metrics = trainer.evaluate()
-    expected = evaluate_pairs(policy, rows, trainer.objective, pad_id=0, batch_size=3)
+    expected = evaluate_policy(policy, rows, trainer.objective, pad_id=0, batch_size=3)
     for name, estimate in expected.estimates.items():
         assert metrics[f"eval_{name}"] == pytest.approx(estimate.mean, rel=1e-5, abs=1e-6)
 
@@ -269,8 +269,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_named_and_nothing_updated
     bad = trainer.train_dataset[3]["row"]
     plain = trainer._stats
 
-    def poisoned(model: Any, part: Any) -> Any:
-        stats = plain(model, part)
+    def poisoned(model: Any, part: Any, *rest: Any) -> Any:
+        stats = plain(model, part, *rest)
         hit = [i for i, row in enumerate(part) if row["row"] == bad]
         for i in hit:
             stats.policy_chosen_logps.data[i] = float("nan")

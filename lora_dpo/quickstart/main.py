@@ -24,7 +24,8 @@ from lora_dpo.generation import SideBySide, encode_prompt, generate_side_by_side
 from lora_dpo.policy import reference
 from lora_dpo.quickstart import DATA_DIR, HERE, MODEL_DIR
 from lora_dpo.quickstart.reward import true_reward
-from lora_dpo.run import Run, export, train
+from lora_dpo.run import export, train
+from lora_dpo.run_folder import Run
 from lora_dpo.store import write_json
 
 logger = logging.getLogger("lora_dpo")

@@ -1,0 +1,155 @@
+"""The folder of a run, opened again: config, results, held-out rows, policy, states.
+
+RUN/
+  config.yaml        the resolved config; reproduces the run
+  run.json           versions, what the reference was, results
+  data.json          what was dropped, truncated or repaired, with examples
+  metrics.jsonl      every log line
+  row_margins.jsonl  the reward margin of every pair as training saw it
+  adapter/           the trained policy, as peft loads it, with tokenizer
+  reference/         the frozen starting adapter, if there was one
+  checkpoint-N/      to resume from; the best one on held-out rows is never deleted
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dpo import objectives
+from lora_dpo.config import Config
+from lora_dpo.data import Tokenised
+from lora_dpo.errors import DataError, OutputError
+from lora_dpo.objectives import BoundObjective
+from lora_dpo.policy import load_adapter, load_base
+from lora_dpo.preparing import load_tokenizer, prepare_data
+from lora_dpo.store import read_json
+from lora_dpo.trainer import STATE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or saved) run: ``Run.open(folder)``, or what ``train`` returns."""
+
+    folder: Path
+    config: Config
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Open the folder of a run that has trained.
+
+        Raises:
+            OutputError: the folder holds no run of ours.
+        """
+        path = Path(folder)
+        if not (path / "config.yaml").is_file():
+            raise OutputError(
+                f"{path}: no run there (config.yaml is missing). Give the folder that "
+                "'lora-dpo train' wrote, its output.dir."
+            )
+        results = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        return cls(path, Config.load(path / "config.yaml"), results)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every log line, oldest first."""
+        import json
+
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def objective(self) -> BoundObjective:
+        """The objective with its hyperparameters, class weights among them."""
+        bound, labels = bound_objective(self.config), self.results.get("labels")
+        return bound.balanced(*labels) if labels else bound
+
+    def objective_states(self, checkpoint: str = "final") -> dict[str, Any]:
+        """Return what the objective remembered; empty for most."""
+        if checkpoint == "final":
+            return dict(self.results.get("objective_states", {}))
+        return dict(read_json(self._adapter_folder(checkpoint) / STATE)["objective"])
+
+    def tokenizer(self) -> Any:
+        """Return the run's tokenizer."""
+        return load_tokenizer(self.config)
+
+    def load_policy(self, checkpoint: str = "final") -> Any:
+        """Load base, trained adapter and reference.
+
+        Args:
+            checkpoint: ``final``, ``best``, or the step of a checkpoint.
+        """
+        adapter = self._adapter_folder(checkpoint)
+        start = self.folder / "reference"
+        base = load_base(self.config.model)
+        return load_adapter(base, adapter, start if start.is_dir() else None)
+
+    def held_out(self) -> Tokenised:
+        """Return the run's held-out rows, tokenised as in training."""
+        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
+        if data.held_out is None:
+            raise DataError(f"{self.folder}: the run has no held-out rows; give some with --data.")
+        if self.results.get("held_out_rows") not in (None, data.held_out.fingerprint):
+            raise DataError(
+                f"{self.folder}: the data has changed since the run, so its held-out rows may be ones "
+                "that it was trained on. Bring the old files back, or give held-out rows with --data."
+            )
+        return data.held_out
+
+    def proof_rows(self) -> Tokenised:
+        """Return rows to compare an export on: held-out ones, else what the files hold now."""
+        data = prepare_data(self.config, self.tokenizer(), self.objective.data)
+        return data.held_out if data.held_out is not None else data.train
+
+    def _adapter_folder(self, checkpoint: str) -> Path:
+        if checkpoint == "final":
+            folder = self.folder / "adapter"
+        elif checkpoint == "best":
+            best = self.results.get("best_checkpoint")
+            if not best:
+                raise OutputError(f"{self.folder}: no best checkpoint is recorded; use 'final'.")
+            folder = self.folder / best
+        else:
+            folder = self.folder / f"checkpoint-{checkpoint.removeprefix('checkpoint-')}"
+        if not (folder / "adapter_config.json").is_file():
+            found = sorted(p.name for p in self.folder.glob("checkpoint-*"))
+            raise OutputError(
+                f"{folder}: no adapter there. The run has {', '.join(found) or 'no checkpoints'}"
+                f"{' and adapter/' if (self.folder / 'adapter').is_dir() else ' (training did not end)'}."
+            )
+        return folder
+
+
+def bound_objective(config: Config) -> BoundObjective:
+    """Return the objective of a config, with its hyperparameters."""
+    return objectives.build(config.objective.to_dict())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version(), "device": _device_name()}
+    for name in (
+        "lora-dpo",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+    ):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
