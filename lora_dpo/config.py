@@ -109,6 +109,8 @@ class DataConfig(Section):
     identical: Literal["drop", "error"] = "drop"
     empty: Literal["error", "drop"] = "error"
     duplicates: Literal["drop", "keep", "error"] = "drop"
+    min_margin: float | None = Field(None, ge=0)
+    ranking_pairs: Literal["best-worst", "adjacent", "best-rest", "all"] = "best-worst"
     seed: int = 0
     cache_dir: str | None = None
 

@@ -97,6 +97,8 @@ def load_rows(config: Config, source: Any, kind: Kind) -> Preferences:
         identical=data.identical,
         empty=data.empty,
         duplicates=data.duplicates,
+        min_margin=data.min_margin,
+        ranking_pairs=data.ranking_pairs,
         seed=data.seed,
     )
 

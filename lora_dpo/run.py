@@ -15,7 +15,7 @@ from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config
-from lora_dpo.data import Tokenised
+from lora_dpo.data import Tokenised, label_counts, with_mismatched
 from lora_dpo.errors import ExportError
 from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.exporting import export_adapter, export_merged
@@ -112,8 +112,6 @@ def evaluate(
     )
     width = batch_size or int(run.config.train.further.get("per_device_eval_batch_size", 2))
     if "mismatched" in run.objective.needs:
-        from lora_dpo.data import with_mismatched  # TEMP
-
         rows = with_mismatched(rows)
     return evaluate_policy(
         run.load_policy(checkpoint),
@@ -244,7 +242,7 @@ def _finish(
         "held_out_rows": data.held_out.fingerprint if data.held_out is not None else None,
         "rows": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
         "best_checkpoint": Path(best).name if best else None,
-        "labels": _label_counts(data.train) if objective.data == "unpaired" else None,
+        "labels": list(label_counts(data.train)) if objective.data == "unpaired" else None,
         "objective_states": trainer.states,
         "versions": versions(),
     }
@@ -258,12 +256,6 @@ def _finish(
     write_text(folder / "adapter" / "README.md", model_card(config, results, proof=None))
     logger.info("adapter and metrics are in %s", folder)
     return Run(folder, config, results)
-
-
-def _label_counts(data: Tokenised) -> list[int]:
-    from lora_dpo.data import label_counts  # TEMP
-
-    return list(label_counts(data))
 
 
 def _write_settings(folder: Path, config: Config, data: RunData) -> None:

@@ -17,8 +17,11 @@ from transformers import TrainingArguments
 from lora_dpo.arguments import REFUSED
 from lora_dpo.data import (
     Tokenised,
+    label_counts,
     load_preferences,
+    require_scores,
     tokenise,
+    with_mismatched,
 )
 from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError
@@ -95,8 +98,6 @@ def ready(
             another row's completion is needed.
     """
     sets = [data for data in (train, held_out) if data is not None]
-    if bound.data == "unpaired" or "scores" in bound.needs:
-        from lora_dpo.data import label_counts, require_scores, with_mismatched  # TEMP
     if "scores" in bound.needs:
         for data in sets:
             require_scores(data)

@@ -3,11 +3,12 @@
 from lora_dpo.data.collating import LabelledBatch, PairBatch, collate_labelled, collate_pairs
 from lora_dpo.data.lengths import Lengths, Summary
 from lora_dpo.data.loading import load_preferences
+from lora_dpo.data.mismatching import with_mismatched
 from lora_dpo.data.preferences import Preferences
 from lora_dpo.data.records import Labelled, Message, Origin, Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.data.sources import Source
-from lora_dpo.data.tokenising import Tokenised, tokenise
+from lora_dpo.data.tokenising import Tokenised, label_counts, require_scores, tokenise
 
 __all__ = [
     "DataReport",
@@ -24,6 +25,9 @@ __all__ = [
     "Tokenised",
     "collate_labelled",
     "collate_pairs",
+    "label_counts",
     "load_preferences",
+    "require_scores",
     "tokenise",
+    "with_mismatched",
 ]

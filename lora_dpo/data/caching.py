@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.preferences import Preferences
-from lora_dpo.data.records import digest
+from lora_dpo.data.records import Labelled, Pair, digest
 from lora_dpo.errors import DataError, OutputError
 from lora_dpo.store import fingerprint, new_folder, read_json, read_manifest, write_json
 from lora_dpo.store import write_manifest as write_store_manifest
@@ -19,14 +19,17 @@ from lora_dpo.store import write_manifest as write_store_manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it whenever the same rows and settings give other ids
+FORMAT = 2  # raise it whenever the same rows and settings give other ids
 
 
 def cache_key(
     preferences: Preferences, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
 ) -> str:
     """Return the name of the cache entry of these rows under this tokenizer and these settings."""
-    rows = [[digest(row.content), row.origin.file, row.origin.row] for row in preferences.rows]
+    rows = [
+        [digest(row.content), row.origin.file, row.origin.row, *_scores(row)]
+        for row in preferences.rows
+    ]
     plain_settings = json.loads(json.dumps(dict(settings), default=repr, sort_keys=True))
     return fingerprint(
         {
@@ -37,6 +40,10 @@ def cache_key(
             "settings": plain_settings,
         }
     )
+
+
+def _scores(row: Pair | Labelled) -> tuple[float | None, ...]:
+    return (row.score_chosen, row.score_rejected) if isinstance(row, Pair) else ()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

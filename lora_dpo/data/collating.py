@@ -23,6 +23,8 @@ class PairBatch:
     attention_mask: torch.Tensor  # [2 * pairs, time] long, 1 at tokens
     completion_mask: torch.Tensor  # [2 * pairs, time] bool, True at tokens of the answer
     origins: tuple[Origin, ...]  # [pairs]
+    chosen_scores: torch.Tensor | None = None  # [pairs] float32, where every row has scores
+    rejected_scores: torch.Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -47,6 +49,7 @@ class LabelledBatch:
     completion_mask: torch.Tensor  # [rows, time] bool, True at tokens of the answer
     label: torch.Tensor  # [rows] bool, True: wanted
     origins: tuple[Origin, ...]  # [rows]
+    mismatched: LabelledBatch | None = None  # the same prompts before other rows' completions
 
     @property
     def rows(self) -> int:
@@ -67,7 +70,8 @@ def collate_pairs(
 ) -> PairBatch:
     """Pad pairs to the longest row of the batch."""
     sides = [(row["prompt_ids"], row[f"{name}_ids"]) for name in _PAIR for row in rows]
-    return PairBatch(*_pad(sides, pad_id, padding_side), _origins(rows))
+    tensors = _pad(sides, pad_id, padding_side)
+    return PairBatch(*tensors, _origins(rows), *(_scores(rows, name) for name in _PAIR))
 
 
 def collate_labelled(
@@ -78,7 +82,12 @@ def collate_labelled(
 
     tensors = _pad([(r["prompt_ids"], r["completion_ids"]) for r in rows], pad_id, padding_side)
     label = torch.tensor([bool(row["label"]) for row in rows])
-    return LabelledBatch(*tensors, label, _origins(rows))
+    batch = LabelledBatch(*tensors, label, _origins(rows))
+    if "mismatched_ids" not in rows[0]:
+        return batch
+    other = [(r["prompt_ids"], r["mismatched_ids"]) for r in rows]
+    tensors = _pad(other, pad_id, padding_side)
+    return replace(batch, mismatched=LabelledBatch(*tensors, label, batch.origins))
 
 
 _PAIR = ("chosen", "rejected")
@@ -113,10 +122,19 @@ def _origins(rows: Sequence[Mapping[str, Any]]) -> tuple[Origin, ...]:
     )
 
 
+def _scores(rows: Sequence[Mapping[str, Any]], side: str) -> torch.Tensor | None:
+    import torch
+
+    values = [row.get(f"{side}_score") for row in rows]
+    return None if None in values else torch.tensor(values, dtype=torch.float32)
+
+
 def _moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
     import torch
 
     tensors: dict[str, Any] = {
         k: move(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)
     }
+    if isinstance(batch, LabelledBatch) and batch.mismatched is not None:
+        tensors["mismatched"] = _moved(batch.mismatched, move)
     return replace(batch, **tensors)

@@ -13,6 +13,7 @@ from lora_dpo.data.readers import Raw, Table
 from lora_dpo.data.records import Labelled, Origin, Pair, Text, digest
 from lora_dpo.data.report import DataReport, excerpt
 from lora_dpo.data.rows import IDENTICAL, RowReader
+from lora_dpo.data.scores import RULES, RankingPairs, expand_rankings, name_scores
 from lora_dpo.data.shapes import KNOWN_COLUMNS, Shape, recognise
 from lora_dpo.data.sources import Source, Spec, open_spec, specs
 from lora_dpo.errors import DataError, nearest
@@ -28,6 +29,8 @@ class Rules:
     empty: Literal["error", "drop"]
     duplicates: Literal["drop", "keep", "error"]
     transcripts: Literal["text", "messages"]
+    min_margin: float | None
+    ranking_pairs: RankingPairs
 
 
 def load_preferences(
@@ -40,6 +43,8 @@ def load_preferences(
     identical: Literal["drop", "error"] = "drop",
     empty: Literal["error", "drop"] = "error",
     duplicates: Literal["drop", "keep", "error"] = "drop",
+    min_margin: float | None = None,
+    ranking_pairs: RankingPairs = "best-worst",
     seed: int = 0,
 ) -> Preferences:
     """Read, recognise and check preferences.
@@ -54,12 +59,16 @@ def load_preferences(
         identical: what to do where chosen equals rejected.
         empty: what to do with a blank prompt or answer.
         duplicates: what to do with a row that occurred before.
+        min_margin: the least that the score of chosen must be above that of rejected; other pairs
+            are dropped, those without scores too.
+        ranking_pairs: which pairs several answers with scores or ranks give: ``best-worst``,
+            ``adjacent``, ``best-rest`` or ``all``.
         seed: chooses the rows that a fractional weight keeps.
 
     Raises:
         DataError: names file and row, for up to ten bad rows at once.
     """
-    rules = Rules(identical, empty, duplicates, transcripts)
+    rules = Rules(identical, empty, duplicates, transcripts, min_margin, ranking_pairs)
     _check_options(rules, kind, columns)
     problems, report = Problems(), DataReport()
     tables = [(spec, _open(spec, problems)) for spec in specs(source, split)]
@@ -70,11 +79,18 @@ def load_preferences(
     for spec, group in tables:
         rows: list[Row] = []
         for table in group:
+            name_scores(table)
+            table = expand_rankings(table, ranking_pairs, report, problems)
+            problems.raise_if_any()
+            if not table.rows:
+                continue
             shape = recognise(table)
             shapes.append((shape, _why(table, shape, report)))
             rows += _read_table(table, shape, rules, report, problems)
         loaded.append((spec, rows))
     problems.raise_if_any()
+    if not shapes:
+        raise DataError("no rows are left:\n" + "\n".join(report.lines()))
     _check_shapes([shape for shape, _ in shapes], kind, rules, tables[0][1][0].name)
     loaded = _without_duplicates(loaded, rules, report, problems)
     problems.raise_if_any()
@@ -87,11 +103,16 @@ def _check_options(rules: Rules, kind: str | None, columns: Mapping[str, str] | 
         "empty": ("error", "drop"),
         "duplicates": ("drop", "keep", "error"),
         "transcripts": ("text", "messages"),
+        "ranking_pairs": RULES,
     }
     given = {name: getattr(rules, name) for name in legal} | {"kind": kind}
     for name, values in (legal | {"kind": ("paired", "unpaired", None)}).items():
         if given[name] not in values:
             raise DataError(f"{name} is {given[name]!r}; expected one of {values}.")
+    if rules.min_margin is not None and not (
+        isinstance(rules.min_margin, (int, float)) and rules.min_margin >= 0
+    ):
+        raise DataError(f"min_margin is {rules.min_margin!r}; expected a number of at least 0.")
     for ours in columns or {}:
         if ours not in KNOWN_COLUMNS:
             raise DataError(
@@ -148,6 +169,7 @@ def _read_table(
         try:
             row = reader.read(raw)
             _check_parts(row)
+            _check_margin(row, rules.min_margin)
         except BadRow as bad:
             problems.add(raw.origin, str(bad))
         except DroppedRow as drop:
@@ -187,6 +209,18 @@ def _check_parts(row: Row) -> None:
         raise DroppedRow(IDENTICAL, _first_text(row.chosen))
 
 
+def _check_margin(row: Row, least: float | None) -> None:
+    if least is None or isinstance(row, Labelled):
+        return
+    if row.score_chosen is None or row.score_rejected is None:
+        raise DroppedRow("dropped: no scores, which min_margin compares")
+    if row.score_chosen - row.score_rejected < least:
+        raise DroppedRow(
+            f"dropped: score margin below min_margin {least:g}",
+            f"{row.score_chosen:g} - {row.score_rejected:g}",
+        )
+
+
 def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
@@ -213,6 +247,11 @@ def _check_shapes(shapes: list[Shape], kind: str | None, rules: Rules, name: str
         raise DataError(
             f"{name}: this file holds {columns} (unpaired) rows; a paired objective such as dpo "
             "needs prompt/chosen/rejected. Use an unpaired objective such as kto, or paired data."
+        )
+    if kinds == {"unpaired"} and rules.min_margin is not None:
+        raise DataError(
+            f"{name}: min_margin compares the scores of pairs, and these rows are unpaired; leave "
+            "min_margin out."
         )
     if rules.transcripts == "messages" and not any(shape.transcript for shape in shapes):
         raise DataError(

@@ -11,6 +11,7 @@ from lora_dpo.data.problems import BadRow, DroppedRow
 from lora_dpo.data.readers import Raw
 from lora_dpo.data.records import Labelled, Message, Pair, Text
 from lora_dpo.data.report import DataReport
+from lora_dpo.data.scores import SPELLINGS, to_score
 from lora_dpo.data.shapes import Shape
 from lora_dpo.data.transcripts import cut_common, cut_transcript, transcript_messages
 
@@ -38,7 +39,7 @@ class RowReader:
             label = _label(row.get(layout.label), layout.label)
             return Labelled(prompt, completion, label, raw.origin, tools)
         sides = self._pair(row, repair)
-        scores = [_score(row.get(name), name) for name in ("score_chosen", "score_rejected")]
+        scores = [to_score(row.get(name), name) for name in SPELLINGS]
         if None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
             detail = f"{scores[0]} < {scores[1]}"
             self.report.add("noted: score of chosen is below rejected's", raw.origin, detail)
@@ -191,12 +192,3 @@ def _label(value: Any, name: str) -> bool:
     raise BadRow(
         f"{name} is {chat.shown(value)}; expected true or false (or 1 and 0, thumbs up and down)."
     )
-
-
-def _score(value: Any, name: str) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise BadRow(f"{name} is {chat.shown(value)}; expected a number.") from None

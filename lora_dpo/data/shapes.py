@@ -18,8 +18,11 @@ CONTEXTS = ("prompt", "conversations", "messages", "instruction", "question", "i
 PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 COMPLETIONS = ("completion", "response", "output")
 LABELS = ("label", "kto_tag", "thumbs")
-FURTHER = ("system", "history", "input", "tools", "score_chosen", "score_rejected")
-KNOWN_COLUMNS = tuple(dict.fromkeys((*CONTEXTS, *sum(PAIRS, ()), *COMPLETIONS, *LABELS, *FURTHER)))
+FURTHER = ("system", "history", "input", "tools", "score_chosen", "score_rejected", "margin")
+RANKED = ("completions", "responses", "answers", "scores", "ranks")
+KNOWN_COLUMNS = tuple(
+    dict.fromkeys((*CONTEXTS, *sum(PAIRS, ()), *COMPLETIONS, *LABELS, *FURTHER, *RANKED))
+)
 ACCEPTED = {
     ("prompt", "chosen", "rejected"): "texts, or lists of messages",
     ("chosen", "rejected"): "whole transcripts as texts or lists of messages",
@@ -28,6 +31,7 @@ ACCEPTED = {
     ("instruction", "chosen", "rejected"): "Alpaca; or output as a list [better, worse]",
     ("question", "chosen", "rejected"): "Orca, with or without system",
     ("prompt", "completion", "label"): "unpaired",
+    ("prompt", "completions"): "answers with scores or ranks, made into pairs",
     ("messages", "label"): "unpaired, the answer being the last message",
 }
 Form = Literal["text", "messages"]

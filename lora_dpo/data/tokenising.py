@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1000
 BAR_FROM = 2000
+SCORES = ("chosen_score", "rejected_score")
 ANSWERS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
 
 
@@ -34,8 +35,9 @@ class Tokenised:
     """Token ids of every row that was kept, as a ``datasets.Dataset``.
 
     Columns: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (paired) or ``prompt_ids``,
-    ``completion_ids``, ``label`` (unpaired), and ``prompt_key``, ``file``, ``row``. The report is
-    of this stage alone: ``len(tokenised) == len(preferences) - report.dropped``.
+    ``completion_ids``, ``label`` (unpaired), and ``prompt_key``, ``file``, ``row``; pairs have
+    ``chosen_score`` and ``rejected_score`` too, null where the data have none. The report is of this
+    stage alone: ``len(tokenised) == len(preferences) - report.dropped``.
     """
 
     kind: Kind
@@ -46,9 +48,12 @@ class Tokenised:
 
     @property
     def fingerprint(self) -> str:
-        """Return a sha256 (hex) of every token of every row, in order."""
+        """Return a sha256 (hex) of every token, label and score of every row, in order."""
         digest = hashlib.sha256()
         table = self.rows.with_format("arrow")[:]
+        for name in (n for n in SCORES if n in table.column_names):
+            if any(value is not None for value in self.rows[name]):
+                digest.update(repr(self.rows[name][:]).encode())
         for name in sorted(n for n in table.column_names if n.endswith("_ids") or n == "label"):
             column = table.column(name).combine_chunks()
             parts = (column,) if name == "label" else (column.flatten(), column.value_lengths())
@@ -206,8 +211,9 @@ def _features(datasets: Any, kind: str) -> dict[str, Any]:
     ids, text = [datasets.Value("int32")], datasets.Value("string")
     label = {"label": datasets.Value("bool")} if kind == "unpaired" else {}
     answers = {f"{name}_ids": ids for name in ANSWERS[kind]}
+    scores = {name: datasets.Value("float64") for name in SCORES if kind == "paired"}
     place = {"prompt_key": text, "file": text, "row": datasets.Value("int64")}
-    return {"prompt_ids": ids, **answers, **label, **place}
+    return {"prompt_ids": ids, **answers, **label, **scores, **place}
 
 
 def _columns(row: Encoded) -> dict[str, Any]:
@@ -216,9 +222,35 @@ def _columns(row: Encoded) -> dict[str, Any]:
     if isinstance(source, Pair):
         chosen, rejected = row.answers
         ids = {"prompt_ids": row.prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        return {**ids, **place}
+        scores = (source.score_chosen, source.score_rejected)
+        return {**ids, **dict(zip(SCORES, scores, strict=True)), **place}
     ids = {"prompt_ids": row.prompt, "completion_ids": row.answers[0]}
     return {**ids, "label": source.label, **place}
+
+
+def label_counts(data: Tokenised) -> tuple[int, int]:
+    """Return how many unpaired rows are wanted, and how many are not."""
+    wanted = sum(data.rows["label"][:])
+    return wanted, len(data) - wanted
+
+
+def require_scores(data: Tokenised) -> None:
+    """Hold that every pair has both scores.
+
+    Raises:
+        DataError: names the first row without, and says which columns are read.
+    """
+    columns = [data.rows[name][:] for name in SCORES if name in data.rows.column_names]
+    rows = zip(*columns, strict=True) if columns else iter([(None, None)])
+    lacking = [i for i, pair in enumerate(rows) if None in pair]
+    if not lacking:
+        return
+    first = data.rows[lacking[0]]
+    raise DataError(
+        f"{first['file']}:{first['row']}: no scores, and the objective reads them ({len(lacking)} of "
+        f"{len(data)} rows lack them). Give score_chosen and score_rejected (or margin) in the data, or "
+        "choose an objective that reads no scores, such as dpo."
+    )
 
 
 def _from_cache(kind: Kind, rows: Any, facts: Mapping[str, Any]) -> Tokenised:
@@ -226,4 +258,4 @@ def _from_cache(kind: Kind, rows: Any, facts: Mapping[str, Any]) -> Tokenised:
     return Tokenised(kind, rows, report, Summary.from_dict(facts["summary"]), cached=True)
 
 
-__all__ = ["Tokenised", "Vocabulary", "tokenise"]
+__all__ = ["Tokenised", "Vocabulary", "label_counts", "require_scores", "tokenise"]
