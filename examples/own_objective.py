@@ -1,4 +1,4 @@
-"""Register an objective of your own and train with it by its name.
+"""Register an objective of your own, check that it keeps the contract, and train with it by name.
 
 python examples/own_objective.py [steps]
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_dpo import Config, PairStats, objectives, train
 from lora_dpo.objectives.paired import scaled_logratios
+from lora_dpo.testing import check_objective
 
 
 @objectives.objective(
@@ -21,17 +22,34 @@ from lora_dpo.objectives.paired import scaled_logratios
     logps="sum",
     monotone=True,
     extremes="linear",
+    smooth=False,
     paper="Statistical Rejection Sampling Improves Preference Optimization (Liu et al., 2023)",
     arxiv="2309.06657",
     equation="the hinge loss on normalised likelihoods",
 )
 def my_hinge(stats: PairStats, *, beta: objectives.Positive = 0.1) -> Tensor:
-    """Hinge loss on the margin: ``max(0, 1 - beta * margin)``, ``[batch]``."""
+    """Hinge loss on the margin: ``max(0, 1 - beta * margin)``.
+
+    Args:
+        stats: log-probs of a batch of pairs, nats; a reference is required.
+        beta: per nat, in (0, inf).
+
+    Returns:
+        Losses ``[batch]``, non-negative.
+
+    Limits:
+        1 where the policy equals the reference; 0 above the margin ``1 / beta``.
+
+    Source:
+        arXiv:2309.06657.
+    """
     return (1 - beta * stats.margins).clamp(min=0)
 
 
 def main(steps: int = 5) -> float:
-    """Train for a few steps and return the held-out accuracy."""
+    """Check the objective, train for a few steps and return the held-out accuracy."""
+    check_objective("my_hinge")
+    print("my_hinge keeps the contract of objectives")
     with tempfile.TemporaryDirectory() as folder:
         config = Config.load(
             "configs/quickstart.yaml",

@@ -125,13 +125,19 @@ def export(
 
 
 @app.command()
-def objectives(name: Annotated[str | None, typer.Argument(help="One objective.")] = None) -> None:
+def objectives(
+    name: Annotated[str | None, typer.Argument(help="One objective.")] = None,
+    markdown: Annotated[bool, typer.Option(help="The table in Markdown.")] = False,
+) -> None:
     """Print the table of objectives, or one objective's formula, hyperparameters and source."""
     with _user_errors():
         from lora_dpo import objectives as table
-        from lora_dpo.describe import describe_objective, describe_table
+        from lora_dpo.describe import describe_objective, describe_table, markdown_table
 
-        print(describe_objective(table.get(name)) if name else describe_table())
+        if name:
+            print(describe_objective(table.get(name)))
+        else:
+            print(markdown_table() if markdown else describe_table())
 
 
 @app.command()

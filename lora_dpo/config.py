@@ -161,6 +161,8 @@ class Config(Section):
         config = None
         # an empty section of a YAML is None, and means its defaults
         values = {key: {} if value is None else value for key, value in values.items()}
+        if isinstance(values.get("objective"), str):
+            values["objective"] = {"name": values["objective"]}
         try:
             config = cls.model_validate(dict(values))
         except ValidationError as error:
@@ -265,6 +267,8 @@ def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
     for name in parents:
         if here.setdefault(name, {}) is None:
             here[name] = {}
+        if here is values and name == "objective" and isinstance(here[name], str):
+            here[name] = {"name": here[name]}  # the short form
         here = here[name]
         if not isinstance(here, dict):
             raise ConfigError(f"{name!r} holds {here!r}, which has no keys below it.")

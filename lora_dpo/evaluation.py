@@ -157,7 +157,10 @@ def evaluate_stats(
 ) -> Evaluation:
     """Return the metrics of rows whose statistics are known; losses that couple rows see all."""
     exact = stats.map(lambda _, v: v.double() if v.is_floating_point() else v)
-    values = row_metrics(objective, exact, objective(exact, states))
+    with torch.random.fork_rng(devices=[]):  # beta-DPO draws rows: the same in every evaluation
+        torch.manual_seed(0)
+        losses = objective(exact, states)
+    values = row_metrics(objective, exact, losses)
     return summarise({name: value.double().numpy() for name, value in values.items()}, prompts)
 
 

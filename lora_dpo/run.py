@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from lora_dpo.policy import (
 from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
 from lora_dpo.proving import Proof
 from lora_dpo.run_folder import Run, bound_objective, versions
+from lora_dpo.stepping import fitted
 from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 
@@ -70,6 +72,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     check_context(config, base)
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer, objective.data)
+    train_rows, held_out = fitted(objective, data.train, data.held_out)
+    data = replace(data, train=train_rows, held_out=held_out)
     for line in data.lines():
         logger.info(line)
     if evaluates and data.held_out is None:  # too few prompts to hold any out

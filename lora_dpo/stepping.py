@@ -88,35 +88,40 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     return args
 
 
-def ready(
+def fitted(
     bound: BoundObjective, train: Tokenised, held_out: Tokenised | None
-) -> tuple[BoundObjective, Tokenised, Tokenised | None]:
-    """Return objective and rows with what they need of each other: weights, scores, mismatches.
+) -> tuple[Tokenised, Tokenised | None]:
+    """Return the rows with what the objective reads of them beside tokens and labels.
 
     Raises:
         DataError: rows without a score that the objective reads, or with one prompt alone where
             another row's completion is needed.
     """
-    sets = [data for data in (train, held_out) if data is not None]
+    sets = [train] if held_out is None else [train, held_out]
     if "scores" in bound.needs:
         for data in sets:
             require_scores(data)
     if "mismatched" in bound.needs:
         sets = [with_mismatched(data) for data in sets]
-    if bound.data == "unpaired":
-        wanted, unwanted = label_counts(train)
-        balanced = bound.balanced(wanted, unwanted)
-        text = f"labels: {wanted} wanted, {unwanted} unwanted"
-        if balanced is not bound:
-            values = balanced.hyperparameters
-            text += (
-                f"; desirable_weight {values['desirable_weight']:.4g}, undesirable_weight "
-                f"{values['undesirable_weight']:.4g}: the rarer class weighs most/fewest, so that "
-                "both weigh the same (set objective.desirable_weight to choose)"
-            )
-        logger.info(text)
-        bound = balanced
-    return bound, sets[0], sets[1] if len(sets) > 1 else None
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def balanced(bound: BoundObjective, train: Tokenised) -> BoundObjective:
+    """Return the objective with weights that make up for unequal classes, and say so."""
+    if bound.data == "paired":
+        return bound
+    wanted, unwanted = label_counts(train)
+    weighed = bound.balanced(wanted, unwanted)
+    text = f"labels: {wanted} wanted, {unwanted} unwanted"
+    if weighed is not bound:
+        values = weighed.hyperparameters
+        text += (
+            f"; desirable_weight {values['desirable_weight']:.4g}, undesirable_weight "
+            f"{values['undesirable_weight']:.4g}: the rarer class weighs most/fewest, so that "
+            "both weigh the same (set objective.desirable_weight to choose)"
+        )
+    logger.info(text)
+    return weighed
 
 
 class RowMargins:

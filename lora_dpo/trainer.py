@@ -51,11 +51,12 @@ from lora_dpo.reference_cache import check_known_reference, without_known_refere
 from lora_dpo.stats import AnyStats, largest_logratio, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
+    balanced,
     counted_tokens,
+    fitted,
     is_finite,
     keep_rows,
     one_batch_a_step,
-    ready,
     refuse_objective,
     row_length,
     row_tokens,
@@ -131,7 +132,8 @@ class PreferenceTrainer(Trainer):
         if train is None or not len(train):
             raise DataError("PreferenceTrainer: train_data holds no rows.")
         self.facts = {**(facts or {"objective": str(bound)}), "rows": train.fingerprint[:16]}
-        self.objective, train, held_out = ready(bound, train, held_out)
+        train, held_out = fitted(bound, train, held_out)
+        self.objective = balanced(bound, train)
         self.states = self.objective.initial_states()
         self._margins = RowMargins()
         super().__init__(

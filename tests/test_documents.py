@@ -132,6 +132,13 @@ def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatc
         assert found > 0.6 if name == "own_objective" else found < 0.693
 
 
+def test_readmes_table_of_objectives_is_the_table() -> None:
+    shown = README.split("<!-- objectives: lora-dpo objectives --markdown -->\n")[1]
+    printed = CliRunner().invoke(app, ["objectives", "--markdown"]).output
+    assert shown.split("<!-- end of objectives -->")[0] == printed
+    assert len(printed.splitlines()) == len(OBJECTIVES) + 2 > 32
+
+
 def test_the_command_prints_every_objective_and_all_of_one() -> None:
     table = CliRunner().invoke(app, ["objectives"]).output
     for name in OBJECTIVES:

@@ -96,7 +96,7 @@ class Objective:
             counts by its length).
         couples_rows: whether a row's loss depends on the other rows of the batch.
         monotone: whether the loss never rises when the chosen (wanted) log-prob does.
-        extremes: how the loss grows as the margin goes to minus infinity.
+        extremes: how the mean loss of a batch grows as the margin of one row goes to minus infinity.
         smooth: whether the loss has a derivative everywhere.
         initial_state: what it remembers between steps, at the start; empty for most.
         update: ``(state, stats, **hyperparameters) -> state`` after each optimiser step.

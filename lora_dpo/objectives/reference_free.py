@@ -1,17 +1,27 @@
-"""Objectives on preference pairs without a reference: the reference never runs."""
+"""Objectives on whole log-probs without a reference: the reference never runs."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import relu
 
-from lora_dpo.objectives._table import Positive, Smoothing, objective
+from lora_dpo.objectives._maths import logistic
+from lora_dpo.objectives._table import NonNegative, Positive, Smoothing, objective
 from lora_dpo.stats import PairStats
 
 
 def scaled_logps(stats: PairStats, *, beta: float, **_: float) -> tuple[Tensor, Tensor]:
     """Implicit rewards ``beta * logp`` of both sides."""
     return beta * stats.policy_chosen_logps, beta * stats.policy_rejected_logps
+
+
+def scaled_mean_logps(stats: PairStats, *, beta: float, **_: float) -> tuple[Tensor, Tensor]:
+    """Implicit rewards ``beta * logp / length`` of both sides."""
+    return beta * stats.policy_mean_chosen_logps, beta * stats.policy_mean_rejected_logps
+
+
+def _gap(stats: PairStats) -> Tensor:
+    return stats.policy_chosen_logps - stats.policy_rejected_logps
 
 
 @objective(
@@ -52,8 +62,7 @@ def dpo_reference_free(
     Differs from:
         TRL 0.29 and later, which dropped it.
     """
-    z = beta * (stats.policy_chosen_logps - stats.policy_rejected_logps)
-    return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+    return logistic(beta * _gap(stats), label_smoothing)
 
 
 def mean_logps(stats: PairStats, **_: float) -> tuple[Tensor, Tensor]:
@@ -96,3 +105,152 @@ def sft(stats: PairStats) -> Tensor:
         LLaMA-Factory's ``pref_ftx`` and OpenRLHF, which average the means of the rows.
     """
     return -stats.policy_mean_chosen_logps
+
+
+_CPO = "Contrastive Preference Optimization: Pushing the Boundaries of LLM Translation (Xu et al., 2024)"
+
+
+@objective(
+    rewards=scaled_logps,
+    data="paired",
+    reference=False,
+    logps="sum",
+    monotone=True,
+    extremes="linear",
+    nll_weight=1.0,
+    paper=_CPO,
+    arxiv="2401.08417",
+    equation="the CPO loss",
+)
+def cpo(stats: PairStats, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0) -> Tensor:
+    """DPO with a uniform reference, and an SFT term that keeps the chosen answers likely.
+
+    ``-log s(beta * (logp_chosen - logp_rejected)) + nll_weight * sft``
+
+    Args:
+        stats: log-probs of a batch of pairs; no reference is read.
+        beta: per nat, in (0, inf).
+        label_smoothing: as in ``dpo``, in [0, 0.5).
+
+    Returns:
+        Losses ``[batch]`` of the preference part; ``nll_weight``, 1 unless given, adds the other.
+
+    Limits:
+        As ``dpo_reference_free``.
+
+    Source:
+        arXiv:2401.08417; log-probs are summed, as in the authors' code and TRL.
+    """
+    return logistic(beta * _gap(stats), label_smoothing)
+
+
+@objective(
+    rewards=scaled_logps,
+    data="paired",
+    reference=False,
+    logps="sum",
+    monotone=True,
+    extremes="linear",
+    smooth=False,
+    nll_weight=1.0,
+    paper=_CPO,
+    arxiv="2401.08417",
+    equation="its hinge variant",
+)
+def cpo_hinge(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
+    """CPO with a hinge in place of the logistic loss.
+
+    ``max(0, 1 - beta * (logp_chosen - logp_rejected)) + nll_weight * sft``
+
+    Args:
+        stats: log-probs of a batch of pairs; no reference is read.
+        beta: per nat, in (0, inf).
+
+    Returns:
+        Losses ``[batch]`` of the preference part; ``nll_weight``, 1 unless given, adds the other.
+
+    Limits:
+        0 with no gradient above a difference of ``1 / beta`` nats.
+
+    Source:
+        The code of arXiv:2401.08417 and TRL.
+    """
+    return relu(1 - beta * _gap(stats))
+
+
+@objective(
+    rewards=scaled_mean_logps,
+    data="paired",
+    reference=False,
+    logps="mean",
+    monotone=False,
+    extremes="quadratic",
+    nll_weight=1.0,
+    paper=_CPO,
+    arxiv="2401.08417",
+    equation="its IPO variant",
+)
+def cpo_ipo(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
+    """CPO with IPO's squared distance, on log-probs per token.
+
+    ``(mean_logp_chosen - mean_logp_rejected - 1 / (2 * beta)) ** 2 + nll_weight * sft``
+
+    Args:
+        stats: log-probs and lengths of a batch of pairs; no reference is read.
+        beta: the target is ``1 / (2 * beta)`` nats a token, in (0, inf).
+
+    Returns:
+        Losses ``[batch]`` of the preference part; ``nll_weight``, 1 unless given, adds the other.
+
+    Limits:
+        0 at the target.
+
+    Source:
+        The code of arXiv:2401.08417 and TRL.
+    """
+    gap = stats.policy_mean_chosen_logps - stats.policy_mean_rejected_logps
+    return (gap - 1 / (2 * beta)) ** 2
+
+
+def plain_logps(stats: PairStats, **_: float) -> tuple[Tensor, Tensor]:
+    """Implicit rewards without a scale: the log-probs of both sides."""
+    return stats.policy_chosen_logps, stats.policy_rejected_logps
+
+
+@objective(
+    rewards=plain_logps,
+    data="paired",
+    reference=False,
+    logps="sum",
+    monotone=True,
+    extremes="linear",
+    smooth=False,
+    paper="SLiC-HF: Sequence Likelihood Calibration with Human Feedback (Zhao et al., 2023)",
+    arxiv="2305.10425",
+    equation="rank calibration with a likelihood term",
+)
+def slic_hf(
+    stats: PairStats, *, delta: NonNegative = 1.0, regularisation: NonNegative = 0.1
+) -> Tensor:
+    """Hinge on the difference of whole log-probs, with a likelihood term on the chosen side.
+
+    ``max(0, delta - logp_chosen + logp_rejected) - regularisation * logp_chosen``
+
+    Args:
+        stats: log-probs of a batch of pairs; no reference is read.
+        delta: the margin, nats, in [0, inf).
+        regularisation: weight of the likelihood term, per nat, in [0, inf): lambda in the paper.
+
+    Returns:
+        Losses ``[batch]``, non-negative.
+
+    Limits:
+        ``-regularisation * logp_chosen`` once the difference is above delta.
+
+    Source:
+        arXiv:2305.10425.
+
+    Differs from:
+        TRL's ``hinge``, which its documents call SLiC: that is ``hinge`` here, with a reference.
+    """
+    return relu(delta - _gap(stats)) - regularisation * stats.policy_chosen_logps

@@ -110,6 +110,11 @@ def choose_pair(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
     return max(open_pairs, key=lambda p: (p[0].reward - p[1].reward, -length_ratio(*p)))
 
 
+def as_score(reward: float) -> float:
+    """The reward from 0 (all unkind) to 1 (all kind), as the pairs carry it."""
+    return round((reward + 1) / 2, 4)
+
+
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
@@ -128,6 +133,8 @@ def _write_pairs(
             "prompt": world.as_chat(request),
             "chosen": [{"role": "assistant", "content": chosen.text}],
             "rejected": [{"role": "assistant", "content": rejected.text}],
+            "score_chosen": as_score(chosen.reward),
+            "score_rejected": as_score(rejected.reward),
         }
         for request, (chosen, rejected) in pairs
     ]

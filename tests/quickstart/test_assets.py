@@ -67,9 +67,13 @@ def test_held_out_prompts_are_never_asked_in_training() -> None:
 @pytest.mark.parametrize("side", SIDES)
 def test_every_pair_is_a_conversation_of_one_request_and_two_answers(side: str) -> None:
     for row in rows(side):
-        assert set(row) == {"prompt", "chosen", "rejected"}
-        roles = [message["role"] for key in row for message in row[key]]
+        sides = ("prompt", "chosen", "rejected")
+        assert set(row) == {*sides, "score_chosen", "score_rejected"}
+        roles = [message["role"] for key in sides for message in row[key]]
         assert roles == ["user", "assistant", "assistant"]
+        for side_ in ("chosen", "rejected"):
+            reward = true_reward(row[side_][0]["content"])
+            assert row[f"score_{side_}"] == pytest.approx((reward + 1) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("side", SIDES)
