@@ -90,7 +90,7 @@ def test_a_trained_4_bit_policy_reaches_the_closed_form(
 
 
 def train(
-    objective: BoundObjective, model: Path, folder: Path, steps: int = 250
+    objective: BoundObjective, model: Path, folder: Path, steps: int = 200
 ) -> PreferenceTrainer:
     """Train on all rows at every step, with Adam and a learning rate that decays to 0."""
     tokenizer = AutoTokenizer.from_pretrained(model)
