@@ -127,6 +127,9 @@ class TrainConfig(OpenSection):
     """Any field of ``transformers.TrainingArguments``, and these of ours."""
 
     chunk_tokens: int = Field(1024, ge=1)
+    reference_update: Literal["none", "hard", "soft", "factors"] = "none"
+    reference_update_steps: int = Field(512, ge=1)
+    reference_update_weight: float = Field(0.6, gt=0, le=1)
 
 
 class OutputConfig(Section):
@@ -168,6 +171,7 @@ class Config(Section):
         except ValidationError as error:
             problems += _sentences(error)
         problems += _objective_problems(values.get("objective", {}))
+        problems += _moving_problems(config)
         problems += _train_problems(values.get("train", {}))
         defaults = LoraConfig()  # type: ignore[call-arg]
         if config is not None and config.model.adapter and config.lora != defaults:
@@ -328,6 +332,23 @@ def _objective_problems(values: Any) -> list[str]:
         objectives.build(values)
     except ConfigError as error:
         return error.problems
+    return []
+
+
+def _moving_problems(config: Config | None) -> list[str]:
+    """Settings of a moving reference where none moves, or where there is none."""
+    if config is None:
+        return []
+    train, defaults = config.train, TrainConfig()  # type: ignore[call-arg]
+    given = [
+        name
+        for name in ("reference_update_steps", "reference_update_weight")
+        if getattr(train, name) != getattr(defaults, name)
+    ]
+    if train.reference_update == "none":
+        return [f"train.{name}: set, but train.reference_update is none." for name in given]
+    if train.reference_update == "hard" and "reference_update_weight" in given:
+        return ["train.reference_update_weight: a hard update has no weight; leave it out."]
     return []
 
 

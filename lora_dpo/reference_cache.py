@@ -56,6 +56,11 @@ def with_reference_logps(
     return replace(data, rows=rows)
 
 
+def has_known_reference(data: Tokenised) -> bool:
+    """Whether the rows carry log-probs of the reference."""
+    return set(COLUMNS[data.kind]) <= set(data.rows.column_names)
+
+
 def known_reference(rows: Sequence[Mapping[str, Any]], device: Any) -> Tensor | None:
     """Return the kept log-probs of a batch, ``[rows]`` in the order of its collation, or None."""
     for columns in COLUMNS.values():

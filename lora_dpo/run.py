@@ -38,7 +38,7 @@ from lora_dpo.policy import (
 )
 from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
 from lora_dpo.proving import Proof
-from lora_dpo.run_folder import Run, bound_objective, versions
+from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
 from lora_dpo.stepping import fitted
 from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
@@ -220,6 +220,7 @@ def _build_trainer(
         train_data=data.train,
         eval_data=data.held_out,
         chunk_tokens=config.train.chunk_tokens,
+        reference_moves=reference_moves(config),
         facts=checkpoint_facts(config),
     )
     trainer.write_metrics_to(Path(config.output.dir) / "metrics.jsonl")
@@ -235,6 +236,8 @@ def _finish(
 ) -> Run:
     folder = Path(config.output.dir)
     save_adapter(trainer.model, folder / "adapter")
+    if trainer.moves:
+        save_adapter(trainer.model, folder / "reference", adapter="reference")
     tokenizer.save_pretrained(folder / "adapter")
     best = trainer.state.best_model_checkpoint
     results: dict[str, Any] = {

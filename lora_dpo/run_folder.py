@@ -25,8 +25,15 @@ from lora_dpo import objectives
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, OutputError
+from lora_dpo.moving_reference import ReferenceMoves
 from lora_dpo.objectives import BoundObjective
-from lora_dpo.policy import load_adapter, load_base
+from lora_dpo.policy import (
+    MOVING_FILE,
+    let_reference_move,
+    load_adapter,
+    load_base,
+    read_reference,
+)
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.store import read_json
 from lora_dpo.trainer import STATE
@@ -88,8 +95,13 @@ class Run:
         """
         adapter = self._adapter_folder(checkpoint)
         start = self.folder / "reference"
-        base = load_base(self.config.model)
-        return load_adapter(base, adapter, start if start.is_dir() else None)
+        base, moves = load_base(self.config.model), reference_moves(self.config)
+        if not (moves and (adapter / MOVING_FILE).is_file()):
+            return load_adapter(base, adapter, start if start.is_dir() else None)
+        policy = load_adapter(base, adapter, None)
+        let_reference_move(policy, moves.update)
+        read_reference(policy, adapter)
+        return policy
 
     def held_out(self) -> Tokenised:
         """Return the run's held-out rows, tokenised as in training."""
@@ -130,6 +142,14 @@ class Run:
 def bound_objective(config: Config) -> BoundObjective:
     """Return the objective of a config, with its hyperparameters."""
     return objectives.build(config.objective.to_dict())
+
+
+def reference_moves(config: Config) -> ReferenceMoves:
+    """Return when the reference of a run follows the policy."""
+    train = config.train
+    return ReferenceMoves(
+        train.reference_update, train.reference_update_steps, train.reference_update_weight
+    )
 
 
 def versions() -> dict[str, str]:

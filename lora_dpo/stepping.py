@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import TrainingArguments
 
 from lora_dpo.arguments import REFUSED
@@ -24,7 +26,7 @@ from lora_dpo.data import (
     with_mismatched,
 )
 from lora_dpo.data.preferences import Kind
-from lora_dpo.errors import ConfigError, DataError
+from lora_dpo.errors import ConfigError, DataError, TrainingError
 from lora_dpo.objectives import BoundObjective
 
 logger = logging.getLogger("lora_dpo")
@@ -155,6 +157,38 @@ class RowMargins:
         self._kept = []
 
 
+def stop_unless_finite(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    losses: torch.Tensor,
+    *,
+    step: int,
+    scaled: bool,
+) -> None:
+    """Raise, before an update is made, where a loss or the gradient is not a number.
+
+    Args:
+        model: whose gradients are there.
+        rows: of the step, with their losses ``[rows]``.
+        losses: without gradient.
+        step: its number, for the message.
+        scaled: whether a gradient scaler skips such a step itself (fp16).
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    looked_at = gradients and not scaled
+    norm = torch.nn.utils.get_total_norm(gradients) if looked_at else torch.zeros(())
+    if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
+        return
+    bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    what = "loss" if bad else "gradient"
+    places = ", ".join(f"{row['file']}:{row['row']}" for row in (bad or rows)[:10])
+    raise TrainingError(
+        f"step {step}: the {what} is not a finite number; rows {places}. "
+        "No update was made and earlier checkpoints are kept. Look at these rows, lower "
+        "train.learning_rate, or use model.compute_dtype: float32."
+    )
+
+
 def step_of(checkpoint: str | bool | None) -> int:
     """Return the step of a checkpoint's folder; 0 without one."""
     return int(Path(checkpoint).name.rpartition("-")[2]) if isinstance(checkpoint, str) else 0
@@ -192,7 +226,3 @@ def _answers(row: Mapping[str, Any]) -> list[Sequence[int]]:
     if "chosen_ids" in row:
         return [row["chosen_ids"], row["rejected_ids"]]
     return [row["completion_ids"]]
-
-
-def is_finite(value: float) -> bool:
-    return abs(value) != float("inf") and value == value

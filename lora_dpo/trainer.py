@@ -37,6 +37,7 @@ from lora_dpo.evaluation import evaluate_stats, rows_stats
 from lora_dpo.forward import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import Window, peak_gib, row_metrics
+from lora_dpo.moving_reference import NEVER, MovesCallback, ReferenceMoves
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.passes import Passes
 from lora_dpo.policy import (
@@ -44,8 +45,10 @@ from lora_dpo.policy import (
     describe_reference,
     equals_reference,
     prepare_policy,
+    read_reference,
     save_adapter,
     unwrap,
+    write_reference,
 )
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
 from lora_dpo.stats import AnyStats, largest_logratio, reference_logps, stats_of
@@ -54,13 +57,13 @@ from lora_dpo.stepping import (
     balanced,
     counted_tokens,
     fitted,
-    is_finite,
     keep_rows,
     one_batch_a_step,
     refuse_objective,
     row_length,
     row_tokens,
     step_of,
+    stop_unless_finite,
     tokenised,
 )
 from lora_dpo.store import MANIFEST, read_json, read_manifest, write_json
@@ -87,6 +90,7 @@ class PreferenceTrainer(Trainer):
         chunk_tokens: positions whose logits exist at one time.
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
+        reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
         facts: what a checkpoint must agree with to be resumed from (the config, say).
 
     Raises:
@@ -112,12 +116,14 @@ class PreferenceTrainer(Trainer):
         chunk_tokens: int = CHUNK_TOKENS,
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
+        reference_moves: ReferenceMoves = NEVER,
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
         self.chunk_tokens = chunk_tokens
         show_log_lines()
         refuse_objective(bound, args)
+        self.moves = reference_moves
         self.window = Window()
         self.stop = StopCallback()
         self.micro_batch = args.per_device_train_batch_size
@@ -136,14 +142,16 @@ class PreferenceTrainer(Trainer):
         self.objective = balanced(bound, train)
         self.states = self.objective.initial_states()
         self._margins = RowMargins()
+        policy = prepare_policy(policy, reference_is=reference_is)
+        self.moves.begin(policy, self.objective, train)
         super().__init__(
-            model=prepare_policy(policy, reference_is=reference_is),
+            model=policy,
             args=one_batch_a_step(args, unwrap(policy)),
             data_collator=keep_rows,
             train_dataset=train.rows if train else None,
             eval_dataset=held_out.rows if held_out else None,
             compute_metrics=self._held_out_metrics,
-            callbacks=[self.stop, MovementCallback(), *callbacks],
+            callbacks=[self.stop, MovementCallback(), MovesCallback(self.moves), *callbacks],
         )
         self.label_names = []
         self._replace_console()
@@ -168,7 +176,8 @@ class PreferenceTrainer(Trainer):
             self.micro_batch,
         )
         step = passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
-        self._stop_unless_finite(model, rows, step.losses)
+        scaled = self.accelerator.scaler is not None
+        stop_unless_finite(model, rows, step.losses, step=self.state.global_step + 1, scaled=scaled)
         self.states = self.objective.updated(self.states, step.stats)
         values = row_metrics(self.objective, step.stats, step.losses)
         self.window.add(values)
@@ -188,27 +197,6 @@ class PreferenceTrainer(Trainer):
             self.args.device,
             chunk=self.chunk_tokens,
             gradient_only=gradient_only,
-        )
-
-    def _stop_unless_finite(
-        self, model: nn.Module, rows: Sequence[dict[str, Any]], losses: Tensor
-    ) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step itself
-        norm = (
-            torch.nn.utils.get_total_norm(gradients)
-            if gradients and not scaled
-            else torch.zeros(())
-        )
-        if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
-            return
-        bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not is_finite(loss)]
-        what = "loss" if bad else "gradient"
-        places = ", ".join(f"{row['file']}:{row['row']}" for row in (bad or rows)[:10])
-        raise TrainingError(
-            f"step {self.state.global_step + 1}: the {what} is not a finite number; rows {places}. "
-            "No update was made and earlier checkpoints are kept. Look at these rows, lower "
-            "train.learning_rate, or use model.compute_dtype: float32."
         )
 
     def _over_ranks(self, *counts: int) -> list[int]:
@@ -283,6 +271,8 @@ class PreferenceTrainer(Trainer):
             self._save_checkpoint(self.model, None)  # a save strategy can overrule the callback
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self.evaluated_at = -1  # the last evaluation was of another model
+            if self.moves:
+                read_reference(self.model, Path(self.state.best_model_checkpoint))
         if self.stop.signal is not None and self.state.global_step < self.state.max_steps:
             raise TrainingError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is "
@@ -330,7 +320,9 @@ class PreferenceTrainer(Trainer):
     @property
     def reference_in_words(self) -> str:
         """What the reference is; that there is none, for an objective that reads none."""
-        return describe_reference(self.model) if self.objective.reference else "none"
+        if not self.objective.reference:
+            return "none"
+        return str(self.moves) or describe_reference(self.model)
 
     def _probe(self) -> AnyStats:
         rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
@@ -359,6 +351,9 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
+        if self.moves:
+            write_reference(self.model, folder)
+            self._probe()  # its log-probs are others now
         state = {
             "window": self.window.state(),
             "reference_logps": self._check_logps,
@@ -366,7 +361,7 @@ class PreferenceTrainer(Trainer):
         }
         write_json(folder / STATE, state)
         self._margins.write()
-        seal_checkpoint(folder, {**self.facts, "reference": describe_reference(self.model)})
+        seal_checkpoint(folder, {**self.facts, "reference": self.reference_in_words})
         best = self.state.best_model_checkpoint
         rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
 
@@ -378,8 +373,10 @@ class PreferenceTrainer(Trainer):
         else:
             folder = Path(str(asked))
             facts = read_manifest(folder)
-        check_facts(folder, facts, {**self.facts, "reference": describe_reference(self.model)})
+        check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
         state = read_json(folder / STATE)
+        if self.moves:
+            read_reference(self.model, folder)
         self._probe()
         before, now = torch.tensor(state["reference_logps"]), torch.tensor(self._check_logps)
         if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-3, atol=1e-2):

@@ -13,6 +13,15 @@ from lora_dpo.policy.adapters import (
 )
 from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
 from lora_dpo.policy.facts import PolicyFacts, describe_policy
+from lora_dpo.policy.moving import (
+    MOVING_FILE,
+    UPDATES,
+    ReferenceUpdate,
+    let_reference_move,
+    move_reference,
+    read_reference,
+    write_reference,
+)
 from lora_dpo.policy.switching import (
     REFERENCE,
     describe_reference,
@@ -24,9 +33,12 @@ from lora_dpo.policy.weights import Merged, dequantised, merged_tensors
 
 __all__ = [
     "ADAPTER",
+    "MOVING_FILE",
     "REFERENCE",
+    "UPDATES",
     "Merged",
     "PolicyFacts",
+    "ReferenceUpdate",
     "check_base",
     "compute_dtype",
     "default_device",
@@ -35,15 +47,19 @@ __all__ = [
     "describe_reference",
     "equals_reference",
     "is_fresh",
+    "let_reference_move",
     "load_adapter",
     "load_base",
     "load_policy",
     "merged_tensors",
+    "move_reference",
     "peft_config",
     "policy_adapter",
     "prepare_policy",
+    "read_reference",
     "reference",
     "save_adapter",
     "snapshot_reference",
     "unwrap",
+    "write_reference",
 ]

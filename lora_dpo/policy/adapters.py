@@ -129,12 +129,12 @@ def prepare_policy(
     return policy
 
 
-def is_fresh(policy: PeftModel) -> bool:
-    """Whether the active adapter leaves the base as it is: every ``lora_B`` is 0, none is DoRA-moved.
+def is_fresh(policy: PeftModel, name: str | None = None) -> bool:
+    """Whether an adapter leaves the base as it is: every ``lora_B`` is 0, none is DoRA-moved.
 
     Full copies (``modules_to_save``) count as fresh when they equal the module that they replace.
     """
-    name = policy_adapter(policy)
+    name = name or policy_adapter(policy)
     module: Any
     for module in policy.modules():
         if isinstance(module, LoraLayer):
@@ -159,6 +159,8 @@ def equals_reference(policy: nn.Module) -> bool:
     model = unwrap(policy)
     if REFERENCE not in model.peft_config:
         return is_fresh(model)
+    if is_fresh(model) and is_fresh(model, REFERENCE):
+        return True  # of other ranks, perhaps
     mine, fixed = (
         peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         for name in (policy_adapter(model), REFERENCE)
