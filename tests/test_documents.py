@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,21 @@ def test_every_key_of_every_yaml_is_explained(path: Path) -> None:
     assert [line for line in keys if " # " not in line] == []
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "own_objective", "own_model"])
-def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def _example(name: str) -> Any:
     specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "own_objective", "own_model"])
+def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     before = dict(OBJECTIVES)
     try:
-        specification.loader.exec_module(module)
-        found = module.main(6)
+        found = _example(name).main(6)
     finally:
         OBJECTIVES.clear()
         OBJECTIVES.update(before)
@@ -132,11 +138,25 @@ def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatc
         assert found > 0.6 if name == "own_objective" else found < 0.693
 
 
-def test_readmes_table_of_objectives_is_the_table() -> None:
-    shown = README.split("<!-- objectives: lora-dpo objectives --markdown -->\n")[1]
-    printed = CliRunner().invoke(app, ["objectives", "--markdown"]).output
-    assert shown.split("<!-- end of objectives -->")[0] == printed
-    assert len(printed.splitlines()) == len(OBJECTIVES) + 2 > 32
+def test_the_frontier_runs_in_small_and_says_where_it_cannot_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference's own KL is 0 exactly; every run moved; the files hold what was returned."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    frontier = _example("reward_kl_frontier")
+    reference, *points = frontier.main(["--smoke", "--to", str(tmp_path)])
+    assert (reference.kl.mean, reference.kl.low, reference.kl.high) == (0, 0, 0)
+    families = [name for name, _ in frontier.SMOKE.runs]
+    assert [(p.objective.split()[0], p.step) for p in points] == [
+        (name, step) for name in families for step in frontier.SMOKE.steps
+    ]
+    assert all(p.kl.low < p.kl.high and -1 <= p.reward.mean <= 1 for p in points)
+    written = json.loads((tmp_path / "reward_kl_frontier.json").read_text())["points"]
+    assert [p["kl"]["mean"] for p in written] == [p.kl.mean for p in (reference, *points)]
+    table = (tmp_path / "reward_kl_frontier.md").read_text()
+    assert len(table.splitlines()) == 2 + len(written)
+    assert not (tmp_path / "reward_kl_frontier.png").exists()
+    assert "no picture: matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_the_command_prints_every_objective_and_all_of_one() -> None:
