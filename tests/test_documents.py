@@ -159,6 +159,13 @@ def test_the_frontier_runs_in_small_and_says_where_it_cannot_draw(
     assert "no picture: matplotlib is not installed" in capsys.readouterr().out
 
 
+def test_readmes_table_of_objectives_is_the_table() -> None:
+    shown = README.split("<!-- objectives: lora-dpo objectives --markdown -->\n")[1]
+    printed = CliRunner().invoke(app, ["objectives", "--markdown"]).output
+    assert shown.split("<!-- end of objectives -->")[0] == printed
+    assert len(printed.splitlines()) == len(OBJECTIVES) + 2 > 32
+
+
 def test_the_command_prints_every_objective_and_all_of_one() -> None:
     table = CliRunner().invoke(app, ["objectives"]).output
     for name in OBJECTIVES:

@@ -19,7 +19,6 @@ from lora_dpo.diagnostics.detectors import Answers, Array, Curve
 from lora_dpo.diagnostics.findings import Diagnosis, Finding
 from lora_dpo.diagnostics.measuring import (
     Scored,
-    adapter_change,
     answers_of,
     curves,
     pair_similarity,
@@ -29,6 +28,7 @@ from lora_dpo.diagnostics.measuring import (
 )
 from lora_dpo.evaluation import collect_stats
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.policy import adapter_change
 
 logger = logging.getLogger("lora_dpo")
 

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_dpo.data import Tokenised, collate_labelled
 from lora_dpo.forward import causal_lm, completion_logps, compute_context
 from lora_dpo.generation import sample_ids
-from lora_dpo.policy import policy_adapter, reference, unwrap
+from lora_dpo.policy import reference
 
 Array = NDArray[np.float64]
 LONGEST_COMPARED = 256  # tokens of an answer whose edit distance is taken
@@ -142,20 +141,6 @@ def pair_similarity(policy: nn.Module, data: Tokenised, most: int) -> dict[str, 
         "hidden_similarity": float(np.mean(cosines)),
         "ches": float(np.mean(scores)),
     }
-
-
-def adapter_change(policy: nn.Module) -> float:
-    """Return the root mean square of the change that the adapters make to a weight."""
-    model = unwrap(policy)
-    name, changes, count = policy_adapter(model), 0.0, 0
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A:
-            layer: Any = module
-            up, down = (getattr(layer, f"lora_{k}")[name].weight.detach().float() for k in "BA")
-            squared = ((up.T @ up) * (down @ down.T)).sum()  # |B A|^2 without the large product
-            changes += layer.scaling[name] ** 2 * float(squared)
-            count += down.shape[1] * up.shape[0]
-    return float((max(changes, 0.0) / max(count, 1)) ** 0.5)
 
 
 _SIDES = ("chosen", "rejected")

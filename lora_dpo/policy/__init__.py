@@ -12,7 +12,7 @@ from lora_dpo.policy.adapters import (
     snapshot_reference,
 )
 from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
-from lora_dpo.policy.facts import PolicyFacts, describe_policy
+from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
 from lora_dpo.policy.moving import (
     MOVING_FILE,
     UPDATES,
@@ -39,6 +39,7 @@ __all__ = [
     "Merged",
     "PolicyFacts",
     "ReferenceUpdate",
+    "adapter_change",
     "check_base",
     "compute_dtype",
     "default_device",

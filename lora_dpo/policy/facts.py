@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import peft
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_dpo.policy.switching import describe_reference, unwrap
+from lora_dpo.policy.switching import describe_reference, policy_adapter, unwrap
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,17 @@ def base_linears(model: PeftModel) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
     ]
+
+
+def adapter_change(policy: nn.Module) -> float:
+    """Return the root mean square of the change that the adapters make to a weight."""
+    model = unwrap(policy)
+    name, changes, count = policy_adapter(model), 0.0, 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            layer: Any = module
+            up, down = (getattr(layer, f"lora_{k}")[name].weight.detach().float() for k in "BA")
+            squared = ((up.T @ up) * (down @ down.T)).sum()  # |B A|^2 without the large product
+            changes += layer.scaling[name] ** 2 * float(squared)
+            count += down.shape[1] * up.shape[0]
+    return float((max(changes, 0.0) / max(count, 1)) ** 0.5)
