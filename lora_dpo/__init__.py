@@ -15,21 +15,32 @@ if TYPE_CHECKING:
     from lora_dpo.errors import LoraDpoError
     from lora_dpo.evaluation import evaluate_policy
     from lora_dpo.exporting import export_adapter, export_merged
-    from lora_dpo.forward import completion_logps, pair_stats
+    from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.policy import load_policy, reference
-    from lora_dpo.run import evaluate, export, generate, train
+    from lora_dpo.reference_cache import with_reference_logps
+    from lora_dpo.run import (
+        diagnose,
+        diagnose_preferences,
+        evaluate,
+        export,
+        generate,
+        train,
+    )
     from lora_dpo.run_folder import Run
-    from lora_dpo.stats import PairStats
+    from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
 
 _HOME = {
     "Config": "config",
+    "LabelledStats": "stats",
     "LoraDpoError": "errors",
     "PairStats": "stats",
     "PreferenceTrainer": "trainer",
     "Run": "run_folder",
     "completion_logps": "forward",
+    "diagnose": "run",
+    "diagnose_preferences": "run",
     "evaluate": "run",
     "evaluate_policy": "evaluation",
     "export": "run",
@@ -37,6 +48,7 @@ _HOME = {
     "export_merged": "exporting",
     "generate": "run",
     "generate_side_by_side": "generation",
+    "labelled_stats": "forward",
     "load_policy": "policy",
     "load_preferences": "data",
     "objectives": "objectives",
@@ -44,16 +56,20 @@ _HOME = {
     "reference": "policy",
     "tokenise": "data",
     "train": "run",
+    "with_reference_logps": "reference_cache",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "LabelledStats",
     "LoraDpoError",
     "PairStats",
     "PreferenceTrainer",
     "Run",
     "completion_logps",
+    "diagnose",
+    "diagnose_preferences",
     "evaluate",
     "evaluate_policy",
     "export",
@@ -61,6 +77,7 @@ __all__ = [
     "export_merged",
     "generate",
     "generate_side_by_side",
+    "labelled_stats",
     "load_policy",
     "load_preferences",
     "objectives",
@@ -68,6 +85,7 @@ __all__ = [
     "reference",
     "tokenise",
     "train",
+    "with_reference_logps",
 ]
 
 

@@ -74,6 +74,39 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
+    data: Annotated[str | None, typer.Option(help="Preferences, before any training.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base that would be trained.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row, with --data.")] = 1024,
+    checkpoint: Checkpoint = "final",
+    samples: Annotated[int, typer.Option(min=0, help="Of each model; 0 draws none.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Rows looked at, at most.")] = 200,
+) -> None:
+    """Look for DPO's known failures in a run, or in data before any training."""
+    with _user_errors():
+        from lora_dpo.errors import ConfigError
+
+        if (run is None) is (data is None and model is None) or (
+            run is None and not (data and model)
+        ):
+            raise ConfigError(
+                "diagnose: give the folder of a run, or --data FILE with --model BASE."
+            )
+        _quiet_libraries()
+        from lora_dpo.diagnostics import Effort
+        from lora_dpo.run import diagnose as diagnose_run
+        from lora_dpo.run import diagnose_preferences
+
+        effort = Effort(rows=rows, samples=samples)
+        if run is not None:
+            print(diagnose_run(run, checkpoint=checkpoint, effort=effort))
+        else:
+            assert data is not None and model is not None
+            print(diagnose_preferences(data, model, effort=effort, max_length=max_length))
+
+
+@app.command()
 def generate(
     run: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],

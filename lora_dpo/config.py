@@ -136,6 +136,7 @@ class OutputConfig(Section):
     """Where the run is written."""
 
     dir: str
+    diagnose: bool = True
 
 
 class Config(Section):

@@ -89,6 +89,46 @@ def complete(
     return texts
 
 
+def sample_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    as_reference: bool = False,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Return one sample a tokenised prompt at temperature 1, up to and with its end token."""
+    made: list[list[int]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
+            torch.manual_seed(seed)
+            ends = _end_ids(model, tokenizer)
+            for start in range(0, len(prompts), batch_size):
+                rows = [list(prompt) for prompt in prompts[start : start + batch_size]]
+                out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, 1.0)
+                made += [_up_to_end(ids, ends) for ids in out.tolist()]
+    finally:
+        model.train(was_training)
+    return made
+
+
+def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    config = getattr(_generator(model), "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ends = set(found) if isinstance(found, (list, tuple)) else {found}
+    return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Cut a row of a batch behind its first end token; what follows is padding."""
+    place = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: place + 1]
+
+
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Return the tokens of a prompt as training saw it: through the chat template, or plain.
 

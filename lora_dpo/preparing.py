@@ -86,7 +86,7 @@ def prepare_data(config: Config, tokenizer: Any, kind: Kind) -> RunData:
     return RunData(train_rows, held_rows, rows.rows[0].is_chat, reports)
 
 
-def load_rows(config: Config, source: Any, kind: Kind) -> Preferences:
+def load_rows(config: Config, source: Any, kind: Kind | None) -> Preferences:
     """Read preferences with the config's settings, from its own sources or from others."""
     data = config.data
     return load_preferences(

@@ -15,8 +15,15 @@ from lora_dpo.arguments import build_arguments
 from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
-from lora_dpo.config import Config
+from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import Tokenised, label_counts, with_mismatched
+from lora_dpo.diagnostics import (
+    Diagnosis,
+    Effort,
+    diagnose_data,
+    diagnose_policy,
+    read_margins,
+)
 from lora_dpo.errors import ExportError
 from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.exporting import export_adapter, export_merged
@@ -125,6 +132,59 @@ def evaluate(
         batch_size=width,
         chunk=run.config.train.chunk_tokens,
     )
+
+
+def diagnose(
+    run: Run | str | Path, *, checkpoint: str = "final", effort: Effort | None = None
+) -> Diagnosis:
+    """Look for DPO's known failures in a finished run; write what was found to its folder.
+
+    Args:
+        run: a run or its folder.
+        checkpoint: ``final``, ``best`` or a step.
+        effort: how many rows and samples are looked at.
+    """
+    run = _as_run(run)
+    width = int(run.config.train.further.get("per_device_eval_batch_size", 8))
+    diagnosis = diagnose_policy(
+        run.load_policy(checkpoint),
+        run.tokenizer(),
+        run.objective,
+        run.proof_rows(),
+        history=run.history,
+        margins=read_margins(run.folder),
+        subject=run.folder.name if checkpoint == "final" else f"{run.folder.name} at {checkpoint}",
+        effort=effort or Effort(batch_size=width, chunk=run.config.train.chunk_tokens),
+    )
+    if checkpoint == "final":
+        diagnosis.write(run.folder / "diagnostics.json")
+    return diagnosis
+
+
+def diagnose_preferences(
+    data: Any, base: str | Path, *, effort: Effort | None = None, **settings: Any
+) -> Diagnosis:
+    """Look at preferences before any training: lengths, similarity, and fit to the base model.
+
+    Args:
+        data: a file, folder, hub id or dataset.
+        base: the model that would be trained; it is the reference.
+        effort: how many rows and samples are looked at.
+        settings: further settings of the section ``data``, such as ``max_length``.
+    """
+    config = Config.parse(
+        {
+            "model": {"base": str(base)},
+            "data": {"train": "given", **settings},
+            "output": {"dir": "none"},
+        }
+    )
+    check_context(config, check_base(config.model))
+    tokenizer = load_tokenizer(config)
+    rows = tokenise_rows(load_rows(config, data, None), config, tokenizer)
+    policy = load_policy(str(base), lora=peft_config(LoraConfig.model_validate({"rank": 1})))
+    subject = str(data) if isinstance(data, (str, Path)) else "the data"
+    return diagnose_data(policy, tokenizer, rows, subject=subject, effort=effort or Effort())
 
 
 def generate(
@@ -261,8 +321,32 @@ def _finish(
             logger.info(line)
     write_json(folder / "run.json", results)
     write_text(folder / "adapter" / "README.md", model_card(config, results, proof=None))
+    if config.output.diagnose:
+        _diagnose_at_the_end(trainer, tokenizer, data, folder)
     logger.info("adapter and metrics are in %s", folder)
     return Run(folder, config, results)
+
+
+def _diagnose_at_the_end(
+    trainer: PreferenceTrainer, tokenizer: Any, data: RunData, folder: Path
+) -> None:
+    try:
+        diagnosis = diagnose_policy(
+            trainer.model,
+            tokenizer,
+            trainer.objective,
+            data.held_out or data.train,
+            history=Run.open(folder).history,
+            margins=read_margins(folder),
+            subject=folder.name,
+            effort=Effort(batch_size=trainer.micro_batch, chunk=trainer.chunk_tokens),
+        )
+        diagnosis.write(folder / "diagnostics.json")
+    except Exception as error:  # the run is whole without it, and must not be lost to it
+        logger.warning("diagnosis failed (%s); try: lora-dpo diagnose %s", error, folder)
+        return
+    for line in diagnosis.lines():
+        logger.info(line)
 
 
 def _write_settings(folder: Path, config: Config, data: RunData) -> None:

@@ -167,8 +167,8 @@ def test_readmes_figures_of_the_frontier_are_those_that_were_measured() -> None:
         frontier.Point(**{**p, "reward": Estimate(**p["reward"]), "kl": Estimate(**p["kl"])})
         for p in found
     ]
-    section = README.split("## Reward against KL")[1].split("\n## ")[0]
-    told = re.findall(r"`([a-z_]+[^`]*)`\s(-?[\d.]+)\sat\s([\d.]+)\snats", section)
+    section = " ".join(README.split("## Reward against KL")[1].split("\n## ")[0].split())
+    told = re.findall(r"`([a-z_]+[^`]*)` (-?[\d.]+) at ([\d.]+) nats", section)
     assert len(told) == section.count("nats") - 2  # two are of no point
     assert set(told) <= {(p.objective, f"{p.reward.mean:.2f}", f"{p.kl.mean:.1f}") for p in points}
     last = [p for p in points if p.step == max(q.step for q in points)]

@@ -1,0 +1,196 @@
+"""What the diagnostics look at: log-probs of rows, samples of both models, and how like pairs are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_dpo.data import Tokenised, collate_labelled
+from lora_dpo.forward import causal_lm, completion_logps, compute_context
+from lora_dpo.generation import sample_ids
+from lora_dpo.policy import policy_adapter, reference, unwrap
+
+Array = NDArray[np.float64]
+LONGEST_COMPARED = 256  # tokens of an answer whose edit distance is taken
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers with their log-probs, nats, under policy and reference, and their tokens, ``[rows]``."""
+
+    policy: Array
+    fixed: Array
+    lengths: Array
+
+    @property
+    def logratios(self) -> Array:
+        """Policy minus reference, nats."""
+        return self.policy - self.fixed
+
+    @property
+    def fixed_a_token(self) -> Array:
+        """Log-prob a token under the reference, nats."""
+        return self.fixed / self.lengths
+
+    def take(self, chosen: Array) -> Scored:
+        """Return the rows of a mask."""
+        return Scored(self.policy[chosen], self.fixed[chosen], self.lengths[chosen])
+
+
+def score(
+    policy: nn.Module,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    chunk: int,
+) -> Scored:
+    """Return log-probs of ``(prompt, answer)`` rows under policy and reference, without dropout."""
+    device = next(policy.parameters()).device
+    found = np.zeros((2, len(rows)))
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    was_training = policy.training
+    policy.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            labelled = [
+                {"prompt_ids": rows[i][0], "completion_ids": rows[i][1], "label": True}
+                for i in places
+            ]
+            batch = collate_labelled(labelled, pad_id=0).to(device)
+            with torch.no_grad():
+                found[0, places] = completion_logps(policy, batch, chunk=chunk).double().cpu()
+            with reference(policy):
+                found[1, places] = completion_logps(policy, batch, chunk=chunk).double().cpu()
+    finally:
+        policy.train(was_training)
+    return Scored(found[0], found[1], np.array([len(answer) for _, answer in rows], dtype=float))
+
+
+def sample(
+    policy: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    as_reference: bool,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[tuple[list[int], list[int]]]:
+    """Return ``(prompt, sample)`` at temperature 1, end token included where it was reached."""
+    made = sample_ids(
+        policy,
+        tokenizer,
+        prompts,
+        as_reference=as_reference,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    return [(list(prompt), ids) for prompt, ids in zip(prompts, made, strict=True) if ids]
+
+
+def answers_of(data: Tokenised, most: int) -> tuple[list[Any], list[bool]]:
+    """Return ``(prompt, answer)`` rows and whether each is wanted: of pairs, chosen first."""
+    rows = [data.rows[i] for i in _spread(len(data), most)]
+    if data.kind == "paired":
+        sides = [
+            (row["prompt_ids"], row[f"{s}_ids"]) for s in ("chosen", "rejected") for row in rows
+        ]
+        return sides, [True] * len(rows) + [False] * len(rows)
+    return [(r["prompt_ids"], r["completion_ids"]) for r in rows], [bool(r["label"]) for r in rows]
+
+
+def prompts_of(data: Tokenised, most: int) -> list[list[int]]:
+    """Return distinct prompts, spread over the data."""
+    by_key = dict(zip(data.rows["prompt_key"][:], range(len(data)), strict=True))
+    places = list(by_key.values())
+    return [data.rows[places[i]]["prompt_ids"] for i in _spread(len(places), most)]
+
+
+def pair_similarity(policy: nn.Module, data: Tokenised, most: int) -> dict[str, float]:
+    """Return how like chosen and rejected are, by their tokens and by the reference's hidden states.
+
+    ``token_similarity``: matching tokens in order, twice over both lengths, in [0, 1] (1 minus the
+    normalised edit distance of insertions and deletions). ``hidden_similarity``: cosine of the mean
+    last hidden states over the answers' tokens. ``ches``: mean of ``<h_c, h_r> - |h_c|^2`` of these
+    means, the length-normalised CHES score (arXiv:2410.08847), higher where displacement threatens.
+    """
+    rows = [data.rows[i] for i in _spread(len(data), most)]
+    shared = [
+        difflib.SequenceMatcher(
+            None,
+            row["chosen_ids"][:LONGEST_COMPARED],
+            row["rejected_ids"][:LONGEST_COMPARED],
+            False,
+        ).ratio()
+        for row in rows
+    ]
+    cosines, scores = [], []
+    for row in rows[:32]:
+        chosen, rejected = (_mean_state(policy, row["prompt_ids"], row[f"{s}_ids"]) for s in _SIDES)
+        cosines.append(float(torch.cosine_similarity(chosen, rejected, dim=0)))
+        scores.append(float(chosen @ rejected - chosen @ chosen))
+    return {
+        "token_similarity": float(np.mean(shared)),
+        "hidden_similarity": float(np.mean(cosines)),
+        "ches": float(np.mean(scores)),
+    }
+
+
+def adapter_change(policy: nn.Module) -> float:
+    """Return the root mean square of the change that the adapters make to a weight."""
+    model = unwrap(policy)
+    name, changes, count = policy_adapter(model), 0.0, 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            layer: Any = module
+            up, down = (getattr(layer, f"lora_{k}")[name].weight.detach().float() for k in "BA")
+            squared = ((up.T @ up) * (down @ down.T)).sum()  # |B A|^2 without the large product
+            changes += layer.scaling[name] ** 2 * float(squared)
+            count += down.shape[1] * up.shape[0]
+    return float((max(changes, 0.0) / max(count, 1)) ** 0.5)
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def _mean_state(policy: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    model = causal_lm(policy)
+    device = next(policy.parameters()).device
+    ids = torch.tensor([[*prompt, *answer]], device=device)
+    with reference(policy), compute_context(policy):
+        out = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+    states: torch.Tensor = out.hidden_states[-1][0, len(prompt) :].float()
+    return states.mean(0).cpu()
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most so many places, evenly over all."""
+    if count <= most:
+        return list(range(count))
+    return [int(i * count / most) for i in range(most)]
+
+
+def curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return values by step of a run's log lines, under our names for them."""
+    from lora_dpo.diagnostics.detectors import Curve
+
+    found = {}
+    for ours, theirs in names.items():
+        points = [(line["step"], line[theirs]) for line in history if theirs in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found[ours] = Curve(np.array(steps, dtype=float), np.array(values, dtype=float))
+    return found
