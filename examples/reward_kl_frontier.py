@@ -253,7 +253,7 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     except ModuleNotFoundError:
         print(f"no picture: matplotlib is not installed (pip install lora-dpo[docs]); {path.name}")
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     base, *moved = points
@@ -274,10 +274,10 @@ def draw(points: Sequence[Point], path: Path) -> bool:
             label=name,
         )
     axes.set_xscale("symlog", linthresh=1.0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.05)  # an estimate of a small KL may fall below 0
     axes.set_xlabel("KL(policy || reference), nats an answer, from the policy's samples")
     axes.set_ylabel("true reward of the samples (95 % bars)")
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
     return True
 

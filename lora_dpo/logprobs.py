@@ -71,7 +71,8 @@ def token_values(
             if torch.is_grad_enabled()
             else _chunk_values(*arguments)
         )
-    return dict(zip(names, torch.cat(values).unbind(dim=1), strict=True))
+    columns = dict(zip(names, torch.cat(values).unbind(dim=1), strict=True))
+    return {name: v.detach() if name == "confidences" else v for name, v in columns.items()}
 
 
 def predicting_positions(completion_mask: Tensor) -> tuple[Tensor, Tensor]:

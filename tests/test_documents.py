@@ -17,6 +17,7 @@ import lora_dpo
 from lora_dpo.arguments import build_arguments
 from lora_dpo.cli import app
 from lora_dpo.config import Config
+from lora_dpo.evaluation import Estimate
 from lora_dpo.objectives import OBJECTIVES
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_tokenizer, prepare_data
@@ -164,6 +165,25 @@ def test_readmes_table_of_objectives_is_the_table() -> None:
     printed = CliRunner().invoke(app, ["objectives", "--markdown"]).output
     assert shown.split("<!-- end of objectives -->")[0] == printed
     assert len(printed.splitlines()) == len(OBJECTIVES) + 2 > 32
+
+
+def test_readmes_figures_of_the_frontier_are_those_that_were_measured() -> None:
+    frontier = _example("reward_kl_frontier")
+    found = json.loads((ROOT / "docs" / "reward_kl_frontier.json").read_text())["points"]
+    points = [
+        frontier.Point(**{**p, "reward": Estimate(**p["reward"]), "kl": Estimate(**p["kl"])})
+        for p in found
+    ]
+    section = " ".join(README.split("## Reward against KL")[1].split("\n## ")[0].split())
+    told = re.findall(r"`([a-z_]+[^`]*)` (-?[\d.]+) at ([\d.]+) nats", section)
+    assert len(told) == section.count("nats") - 2  # two are of no point
+    assert set(told) <= {(p.objective, f"{p.reward.mean:.2f}", f"{p.kl.mean:.1f}") for p in points}
+    last = [p for p in points if p.step == max(q.step for q in points)]
+    assert max(points, key=lambda p: p.reward.mean).objective == "kto_running beta 0.1"
+    assert min(last, key=lambda p: p.kl.mean).objective == "sft"
+    assert max(last, key=lambda p: p.unfinished).objective == "simpo beta 2, gamma 1"
+    assert max(p.unfinished for p in last) > 0.5
+    assert frontier.table(points) == (ROOT / "docs" / "reward_kl_frontier.md").read_text()
 
 
 def test_the_command_prints_every_objective_and_all_of_one() -> None:
