@@ -35,6 +35,7 @@ from lora_dpo.policy import (
     read_reference,
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
+from lora_dpo.stepping import fitted
 from lora_dpo.store import read_json
 from lora_dpo.trainer import STATE
 
@@ -104,16 +105,17 @@ class Run:
         return policy
 
     def held_out(self) -> Tokenised:
-        """Return the run's held-out rows, tokenised as in training."""
+        """Return the run's held-out rows, tokenised and fitted to the objective as in training."""
         data = prepare_data(self.config, self.tokenizer(), self.objective.data)
-        if data.held_out is None:
+        _, held_out = fitted(self.objective, data.train, data.held_out)
+        if held_out is None:
             raise DataError(f"{self.folder}: the run has no held-out rows; give some with --data.")
-        if self.results.get("held_out_rows") not in (None, data.held_out.fingerprint):
+        if self.results.get("held_out_rows") not in (None, held_out.fingerprint):
             raise DataError(
                 f"{self.folder}: the data has changed since the run, so its held-out rows may be ones "
                 "that it was trained on. Bring the old files back, or give held-out rows with --data."
             )
-        return data.held_out
+        return held_out
 
     def proof_rows(self) -> Tokenised:
         """Return rows to compare an export on: held-out ones, else what the files hold now."""

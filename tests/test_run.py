@@ -82,6 +82,16 @@ def test_an_evaluation_from_disk_gives_the_figures_of_the_run(run: Run) -> None:
         assert [estimate.mean, estimate.low, estimate.high] == pytest.approx(stored[name], abs=1e-4)
 
 
+def test_a_run_on_unpaired_rows_is_evaluated_from_disk(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its rows carry completions of other prompts, which count in the fingerprint of the data."""
+    kto = train({**values, "objective": "kto", "output": {"dir": str(tmp_path / "kto")}})
+    stored = kto.results["held_out"]["mean_low_high"]
+    for name, estimate in evaluate(kto.folder).estimates.items():
+        assert estimate.mean == pytest.approx(stored[name][0], rel=1e-4, abs=1e-4)
+
+
 def test_checkpoints_final_and_best_can_be_named(run: Run) -> None:
     newest = max(int(p.name.split("-")[1]) for p in run.folder.glob("checkpoint-*"))
     final, last = evaluate(run), evaluate(run, checkpoint=str(newest))
