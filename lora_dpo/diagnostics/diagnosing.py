@@ -94,7 +94,7 @@ def diagnose_policy(
         _length_bias(answers, both, ours, own),
         _displacement(policy, few, sides, effort),
         _over_optimisation(ours, rewards, paired, held_out, training, len(few)),
-        _mismatch(sides, own),
+        _mismatch(policy, rows, wanted, own, effort),
         _noise(margins, paired),
         detectors.not_learning(scored.logratios, adapter_change(policy), training),
     ]
@@ -118,7 +118,10 @@ def diagnose_data(
     _, own = _samples(policy, tokenizer, few, effort, reference_only=True)
     answers = Answers((sides[0].lengths, sides[1].lengths), paired=few.kind == "paired")
     both = bool(wanted.any()) and bool((~wanted).any())
-    findings = [_length_bias(answers, both, None, None), _mismatch(sides, own)]
+    findings = [
+        _length_bias(answers, both, None, None),
+        _mismatch(policy, rows, wanted, own, effort),
+    ]
     if few.kind == "paired":
         findings.append(detectors.similar_pairs(pair_similarity(policy, few, effort.rows)))
     else:
@@ -223,14 +226,23 @@ def _over_optimisation(
     return detectors.over_optimisation(kl, margins, held_out, training, rows)
 
 
-def _mismatch(sides: tuple[Scored, Scored], own: Scored | None) -> Finding:
+def _mismatch(
+    policy: nn.Module, rows: Sequence[Any], wanted: Any, own: Scored | None, effort: Effort
+) -> Finding:
+    """Compare the beginnings of answers with samples, which are cut at as many tokens."""
     if own is None:
         return detectors.REFERENCE_MISMATCH.not_measured("no samples were drawn")
-    if not len(sides[0].lengths):
+    if not wanted.any():
         return detectors.REFERENCE_MISMATCH.not_measured("no row is wanted")
-    return detectors.reference_mismatch(
-        sides[0].fixed_a_token, sides[1].fixed_a_token, own.fixed_a_token
-    )
+    begun, labels = [], []
+    for label in (True, False):
+        places = np.flatnonzero(wanted == label)[: 2 * effort.samples]
+        begun += [(rows[i][0], rows[i][1][: effort.sample_tokens]) for i in places]
+        labels += [label] * len(places)
+    found = score(policy, begun, batch_size=effort.batch_size, chunk=effort.chunk)
+    mask = np.array(labels, dtype=bool)
+    of_wanted, of_others = found.fixed_a_token[mask], found.fixed_a_token[~mask]
+    return detectors.reference_mismatch(of_wanted, of_others, own.fixed_a_token)
 
 
 def _noise(margins: Mapping[str, Any] | None, paired: bool) -> Finding:

@@ -147,17 +147,14 @@ _SIDES = ("chosen", "rejected")
 
 
 def _mean_state(policy: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    model = causal_lm(policy)
+    """Return the mean of the reference's last hidden states that predict an answer's tokens."""
     device = next(policy.parameters()).device
     ids = torch.tensor([[*prompt, *answer]], device=device)
     with reference(policy), compute_context(policy):
-        out = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            use_cache=False,
-            output_hidden_states=True,
+        out = causal_lm(policy).base_model(  # without the head: no logits
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         )
-    states: torch.Tensor = out.hidden_states[-1][0, len(prompt) :].float()
+    states: torch.Tensor = out.last_hidden_state[0, len(prompt) - 1 : -1].float()
     return states.mean(0).cpu()
 
 

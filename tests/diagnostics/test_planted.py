@@ -194,19 +194,22 @@ def test_a_policy_that_does_not_learn_is_seen(
     assert not found["label noise"].found
 
 
-def test_answers_that_the_reference_would_not_write_are_seen_in_the_data(
-    policy: PeftModel, tokenizer: Any
+def test_answers_that_the_reference_would_not_write_are_seen_before_and_in_a_run(
+    fresh: PeftModel, tokenizer: Any, tmp_path: Path
 ) -> None:
     def shouted(row: Row) -> Row:
         return saying(row, **{s: said(row, s).upper() for s in ("chosen", "rejected")})
 
     def look(rows: list[Row], kind: Kind = "paired") -> Diagnosis:
         data = tokenise(load_preferences(rows, kind=kind), tokenizer, max_length=512)
-        return diagnose_data(policy, tokenizer, data, effort=EFFORT)
+        return diagnose_data(fresh, tokenizer, data, effort=EFFORT)
 
     healthy, planted = look(bundled("train", 48)), look([shouted(r) for r in bundled("train", 48)])
     assert set(states(healthy).values()) == {"not found"}, str(healthy)
     assert planted["reference mismatch"].found, str(planted)
+    loud = [shouted(r) for r in bundled("train", 48)]
+    trained = run(fresh, tokenizer, tmp_path, loud, loud[:16], DPO, max_steps=2)
+    assert trained["reference mismatch"].found, str(trained)
     alike = look([saying(r, rejected=said(r, "chosen") + " Yes.") for r in bundled("train", 48)])
     assert alike["similar pairs"].found, str(alike)
     unpaired = look(bundled("train", 48), "unpaired")
