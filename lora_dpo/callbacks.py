@@ -151,6 +151,15 @@ class StopCallback(TrainerCallback):
                 signal.signal(number, handler)
 
 
+def replace_console(trainer: Any) -> None:
+    """Put our log lines in place of the library's bars and dictionaries."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for kind in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(ConsoleCallback())
+
+
 class MovementCallback(TrainerCallback):
     """Warn when adapter weights do not move: a learning rate too small for their dtype, mostly."""
 

@@ -127,6 +127,8 @@ class TrainConfig(OpenSection):
     """Any field of ``transformers.TrainingArguments``, and these of ours."""
 
     chunk_tokens: int = Field(1024, ge=1)
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    max_tokens_per_batch: int | None = Field(None, ge=1)
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"
     reference_update_steps: int = Field(512, ge=1)
     reference_update_weight: float = Field(0.6, gt=0, le=1)

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_dpo.data import Tokenised, collate_labelled, collate_pairs
+from lora_dpo.data import Tokenised
+from lora_dpo.engine import collate
 from lora_dpo.forward import labelled_stats, pair_stats
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import row_metrics
@@ -144,9 +145,10 @@ def rows_stats(
         "fixed": known_reference(rows, device) if reads else None,
         "chunk": chunk,
     }
+    batch = collate(model, rows, pad_id=pad_id).to(device)
     if objective.data == "paired":
-        return pair_stats(model, collate_pairs(rows, pad_id=pad_id).to(device), **options)
-    return labelled_stats(model, collate_labelled(rows, pad_id=pad_id).to(device), **options)
+        return pair_stats(model, batch, **options)
+    return labelled_stats(model, batch, **options)
 
 
 def evaluate_stats(

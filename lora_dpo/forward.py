@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lora_dpo.attention import SEGMENTS
+from lora_dpo.data import FlatBatch
 from lora_dpo.errors import DataError, ModelError
 from lora_dpo.logprobs import (
     CHUNK_TOKENS,
@@ -51,7 +54,7 @@ class Labelled(Batch, Protocol):
 
 def pair_stats(
     model: nn.Module,
-    batch: Batch,
+    batch: Batch | FlatBatch,
     *,
     with_reference: bool = True,
     needs: Set[str] = frozenset(),
@@ -92,7 +95,7 @@ def pair_stats(
 
 def labelled_stats(
     model: nn.Module,
-    batch: Labelled,
+    batch: Labelled | FlatBatch,
     *,
     with_reference: bool = True,
     needs: Set[str] = frozenset(),
@@ -100,14 +103,15 @@ def labelled_stats(
     chunk: int = CHUNK_TOKENS,
 ) -> LabelledStats:
     """Return the statistics of a batch of single answers; arguments as in ``pair_stats``."""
-    found = {"lengths": completion_lengths(batch), "labels": batch.label}
+    labels: Any = batch.label
+    found = {"lengths": completion_lengths(batch), "labels": labels}
     if fixed is not None:
         found["reference_logps"] = fixed
     elif with_reference:
         with reference(model):
             found["reference_logps"] = completion_logps(model, batch, chunk=chunk)
     if "mismatched" in needs:
-        other = batch.mismatched
+        other: Any = batch.mismatched
         with reference(model):
             found["reference_mismatched_logps"] = completion_logps(model, other, chunk=chunk)
         with torch.no_grad():
@@ -116,7 +120,9 @@ def labelled_stats(
     return LabelledStats(**found)
 
 
-def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+def completion_logps(
+    model: nn.Module, batch: Batch | FlatBatch, *, chunk: int = CHUNK_TOKENS
+) -> Tensor:
     """Return the summed log-prob of each row's completion, ``[rows]``, nats, float32.
 
     Gradient flows if the caller's mode lets it. Rows, padding and chunks do not touch each other.
@@ -125,14 +131,16 @@ def completion_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKEN
     return _sums(values, batch, {})["logps"]
 
 
-def completion_token_logps(model: nn.Module, batch: Batch, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+def completion_token_logps(
+    model: nn.Module, batch: Batch | FlatBatch, *, chunk: int = CHUNK_TOKENS
+) -> Tensor:
     """Return the log-prob of every completion token, ``[tokens]``, row by row, nats, float32."""
     return _completion_values(model, batch, chunk)[0]["logps"]
 
 
 def _completion_values(
     model: nn.Module,
-    batch: Batch,
+    batch: Batch | FlatBatch,
     chunk: int,
     *,
     wants: Set[str] = frozenset(),
@@ -140,33 +148,71 @@ def _completion_values(
     keep: bool = False,
 ) -> tuple[dict[str, Tensor], Fixed | None]:
     """Return per-token values ``[tokens]`` and, if they are to be kept, the states behind them."""
-    rows, columns = predicting_positions(batch.completion_mask)
-    targets = batch.input_ids[rows, columns + 1]
+    places = _places(batch)
     found: list[dict[str, Tensor]] = []
     kept: list[Fixed] = []
+    frozen = not any(p.requires_grad for p in causal_lm(model).get_output_embeddings().parameters())
 
     def score(hidden: Tensor, head: Head) -> Tensor:
-        states = hidden[rows, columns]
-        found.append(token_values(states, targets, head, chunk=chunk, wants=wants, fixed=fixed))
+        states = places.states(hidden)
+        found.append(
+            token_values(
+                states,
+                places.targets,
+                head,
+                chunk=chunk,
+                wants=wants,
+                fixed=fixed,
+                frozen_head=frozen,
+            )
+        )
         if keep:
             _check_shared_head(model)
             kept.append(Fixed(states, head))
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     with _swapped_head(causal_lm(model), score), compute_context(model):
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **_positions(model, batch.attention_mask),
-        )
+        model(input_ids=batch.input_ids, use_cache=False, **_layout(model, batch))
     return found[0], kept[0] if kept else None
 
 
-def _sums(values: dict[str, Tensor], batch: Batch, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Places:
+    """Where a batch's completion tokens are predicted; tokens stand row by row."""
+
+    rows: Tensor  # [tokens]
+    targets: Tensor  # [tokens]
+    states: Callable[[Tensor], Tensor]  # [rows, time, hidden] -> [tokens, hidden]
+
+
+def _places(batch: Batch | FlatBatch) -> _Places:
+    if isinstance(batch, FlatBatch):
+        flat = batch.places
+        return _Places(batch.token_rows, batch.targets, lambda hidden: hidden[0, flat])
+    rows, columns = predicting_positions(batch.completion_mask)
+    targets = batch.input_ids[rows, columns + 1]
+    return _Places(rows, targets, lambda hidden: hidden[rows, columns])
+
+
+def _layout(model: nn.Module, batch: Batch | FlatBatch) -> dict[str, Any]:
+    """Return what tells a model where each token stands and what it may see."""
+    if isinstance(batch, FlatBatch):
+        # a mask of four dimensions is handed on as it is; our attention does not read it
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        return {
+            "attention_mask": nothing,
+            "position_ids": batch.position_ids,
+            SEGMENTS: batch.segments,
+        }
+    mask = batch.attention_mask
+    return {"attention_mask": mask, **_positions(model, mask)}
+
+
+def _sums(
+    values: dict[str, Tensor], batch: Batch | FlatBatch, parts: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return each value by row: summed, over a part of the tokens where one is named, or meaned."""
-    rows, _ = predicting_positions(batch.completion_mask)
-    count = len(batch.input_ids)
+    rows, count = _places(batch).rows, len(completion_lengths(batch))
     sums = {name: sum_by_row(value, rows, count) for name, value in values.items()}
     if "confidences" in sums:
         sums["confidences"] = sums["confidences"] / completion_lengths(batch)
@@ -178,12 +224,12 @@ def _sums(values: dict[str, Tensor], batch: Batch, parts: dict[str, Tensor]) -> 
 _NEED_REFERENCE = {"kls", "first_logps", "sampled_logps"}
 
 
-def _token_subsets(batch: Batch, needs: Set[str]) -> dict[str, Tensor]:
+def _token_subsets(batch: Batch | FlatBatch, needs: Set[str]) -> dict[str, Tensor]:
     """Return which tokens belong to each wanted part, ``[tokens]`` bool, the same for both models."""
     wanted = needs & {"first_logps", "sampled_logps"}
     if not wanted:
         return {}
-    rows, _ = predicting_positions(batch.completion_mask)
+    rows = _places(batch).rows
     lengths = completion_lengths(batch)
     shorter = torch.minimum(*lengths.chunk(2)).repeat(2)  # [rows], of both sides of a pair
     starts = lengths.cumsum(0) - lengths
@@ -207,7 +253,7 @@ def _draw(lengths: Tensor, shorter: Tensor) -> Tensor:
     return torch.cat(masks).to(lengths.device)
 
 
-def _scores(batch: Batch) -> dict[str, Tensor]:
+def _scores(batch: Batch | FlatBatch) -> dict[str, Tensor]:
     names = ("chosen_scores", "rejected_scores")
     found = {name: getattr(batch, name, None) for name in names}
     if absent := [name for name, value in found.items() if value is None]:
@@ -227,8 +273,10 @@ def _check_shared_head(model: nn.Module) -> None:
         )
 
 
-def completion_lengths(batch: Batch) -> Tensor:
+def completion_lengths(batch: Batch | FlatBatch) -> Tensor:
     """Return the number of completion tokens of each row, ``[rows]``."""
+    if isinstance(batch, FlatBatch):
+        return batch.lengths
     return batch.completion_mask[:, 1:].sum(dim=1)
 
 

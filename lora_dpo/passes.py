@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.stats import AnyStats
+from lora_dpo.stepping import laid_tokens
 
 Row = Mapping[str, Any]
 
@@ -41,6 +42,7 @@ class Passes:
         backward: what takes a loss backwards (accelerate's, which scales and counts).
         no_sync: a context in which gradients of ranks are not yet added up.
         micro_batch: rows at a time.
+        max_tokens: tokens at a time, in place of rows.
     """
 
     objective: BoundObjective
@@ -48,6 +50,7 @@ class Passes:
     backward: Callable[[Tensor], None]
     no_sync: Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
     micro_batch: int
+    max_tokens: int | None = None
 
     def __call__(
         self,
@@ -64,7 +67,7 @@ class Passes:
             scale: 1 / rows of the step (times the ranks, whose gradients are averaged).
             tokens_a_row: mean completion length of the step, which token means divide by.
         """
-        parts = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        parts = self._parts(rows)
         if self.objective.couples_rows and len(parts) > 1:
             return self._in_two_passes(model, parts, states, scale, tokens_a_row)
         found = []
@@ -75,6 +78,21 @@ class Passes:
                 self.backward(losses.sum() * scale)
             found.append(Step(stats.detach(), losses.detach()))
         return Step(_cat([s.stats for s in found]), torch.cat([s.losses for s in found]))
+
+    def _parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """Return the rows in their order, split by number or by tokens."""
+        if self.max_tokens is None:
+            return [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        parts: list[list[Row]] = []
+        room = 0
+        for row in rows:
+            tokens = laid_tokens(row)
+            if tokens > room or not parts:
+                parts.append([])
+                room = self.max_tokens
+            parts[-1].append(row)
+            room -= tokens
+        return list(parts)
 
     def _in_two_passes(
         self,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dpo.data import Tokenised, collate_labelled, collate_pairs
+from lora_dpo.data import Tokenised
+from lora_dpo.engine import collate
 from lora_dpo.errors import TrainingError
 from lora_dpo.forward import completion_logps
 from lora_dpo.logprobs import CHUNK_TOKENS
@@ -40,14 +41,13 @@ def with_reference_logps(
         chunk: positions whose logits exist at one time.
     """
     device = next(policy.parameters()).device
-    collate: Any = collate_pairs if data.kind == "paired" else collate_labelled
     columns = COLUMNS[data.kind]
     order = sorted(range(len(data)), key=lambda i: sum(map(len, _token_lists(data.rows[i]))))
     table = torch.empty(len(data), len(columns), dtype=torch.float64)
     with reference(policy):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            batch = collate([data.rows[i] for i in places], pad_id=0).to(device)
+            batch = collate(policy, [data.rows[i] for i in places]).to(device)
             logps = completion_logps(policy, batch, chunk=chunk).double().cpu()
             table[places] = logps.reshape(len(columns), len(places)).T
     rows = data.rows.remove_columns([c for c in columns if c in data.rows.column_names])

@@ -280,6 +280,8 @@ def _build_trainer(
         train_data=data.train,
         eval_data=data.held_out,
         chunk_tokens=config.train.chunk_tokens,
+        engine=config.train.engine,
+        max_tokens_per_batch=config.train.max_tokens_per_batch,
         reference_moves=reference_moves(config),
         facts=checkpoint_facts(config),
     )

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from lora_dpo.arguments import REFUSED
 from lora_dpo.data import (
     Tokenised,
+    flat_tokens,
     label_counts,
     load_preferences,
     require_scores,
@@ -189,6 +190,15 @@ def stop_unless_finite(
     )
 
 
+def over_ranks(accelerator: Any, device: Any, *counts: int) -> list[int]:
+    """Return counts added up over all processes."""
+    if accelerator.num_processes == 1:
+        return list(counts)
+    totals = torch.tensor(counts, device=device)
+    summed: list[int] = accelerator.reduce(totals, reduction="sum").tolist()
+    return summed
+
+
 def step_of(checkpoint: str | bool | None) -> int:
     """Return the step of a checkpoint's folder; 0 without one."""
     return int(Path(checkpoint).name.rpartition("-")[2]) if isinstance(checkpoint, str) else 0
@@ -209,6 +219,13 @@ def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def row_length(row: Mapping[str, Any]) -> int:
     """Tokens of the longest sequence of a row."""
     return len(row["prompt_ids"]) + max(map(len, _answers(row)))
+
+
+def laid_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens that a row takes in a flat batch, mismatched completion included."""
+    tokens = flat_tokens(row["prompt_ids"], _answers(row))
+    other = row.get("mismatched_ids")
+    return max(tokens, flat_tokens(row["prompt_ids"], [other])) if other else tokens
 
 
 def row_tokens(row: Mapping[str, Any]) -> int:

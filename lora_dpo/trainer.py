@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
 from lora_dpo.callbacks import (
-    ConsoleCallback,
     JsonlCallback,
     MovementCallback,
     StopCallback,
+    replace_console,
     show_log_lines,
 )
 from lora_dpo.checkpoints import (
@@ -32,6 +32,7 @@ from lora_dpo.checkpoints import (
     rotate,
     seal_checkpoint,
 )
+from lora_dpo.engine import Engine, choose_engine
 from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats
 from lora_dpo.forward import check_head
@@ -59,6 +60,7 @@ from lora_dpo.stepping import (
     fitted,
     keep_rows,
     one_batch_a_step,
+    over_ranks,
     refuse_objective,
     row_length,
     row_tokens,
@@ -85,9 +87,11 @@ class PreferenceTrainer(Trainer):
         train_data: tokenised pairs, or anything that ``load_preferences`` takes (then with
             ``tokenizer``).
         eval_data: held-out pairs, likewise.
-        tokenizer: for data that is not tokenised yet.
-        max_length: tokens of prompt and completion, for data that is not tokenised yet.
+        tokenizer, max_length: for data that is not tokenised yet.
         chunk_tokens: positions whose logits exist at one time.
+        engine: ``auto``, ``fast`` or ``plain``, as in ``choose_engine``.
+        max_tokens_per_batch: tokens of a micro-batch, in place of its rows: a step is split so that
+            no micro-batch has more (a longer row has one to itself). No number depends on it.
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
@@ -114,6 +118,8 @@ class PreferenceTrainer(Trainer):
         tokenizer: Any = None,
         max_length: int = 1024,
         chunk_tokens: int = CHUNK_TOKENS,
+        engine: Engine = "auto",
+        max_tokens_per_batch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
@@ -126,7 +132,7 @@ class PreferenceTrainer(Trainer):
         self.moves = reference_moves
         self.window = Window()
         self.stop = StopCallback()
-        self.micro_batch = args.per_device_train_batch_size
+        self.micro_batch, self.max_tokens = args.per_device_train_batch_size, max_tokens_per_batch
         self.keep_checkpoints = args.save_total_limit
         self._clock, self._tokens = time.monotonic(), 0
         self._check_logps: list[float] = []
@@ -154,8 +160,11 @@ class PreferenceTrainer(Trainer):
             callbacks=[self.stop, MovementCallback(), MovesCallback(self.moves), *callbacks],
         )
         self.label_names = []
-        self._replace_console()
+        replace_console(self)
         check_head(self.model)
+        probe = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+        longest = max(map(row_length, self.train_dataset))
+        self.engine = choose_engine(self.model, probe, longest, engine, chunk=chunk_tokens)
 
     # ---- one optimiser step ------------------------------------------------------------------
 
@@ -166,7 +175,9 @@ class PreferenceTrainer(Trainer):
         model.train()
         # the largest first: it fits or not
         rows = sorted(inputs["rows"].rows, key=row_length, reverse=True)
-        tokens, count = self._over_ranks(sum(map(counted_tokens, rows)), len(rows))
+        tokens, count = over_ranks(
+            self.accelerator, self.args.device, sum(map(counted_tokens, rows)), len(rows)
+        )
         scale = self.accelerator.num_processes / count
         passes = Passes(
             self.objective,
@@ -174,6 +185,7 @@ class PreferenceTrainer(Trainer):
             self.accelerator.backward,
             self.accelerator.no_sync,
             self.micro_batch,
+            self.max_tokens,
         )
         step = passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
         scaled = self.accelerator.scaler is not None
@@ -198,13 +210,6 @@ class PreferenceTrainer(Trainer):
             chunk=self.chunk_tokens,
             gradient_only=gradient_only,
         )
-
-    def _over_ranks(self, *counts: int) -> list[int]:
-        if self.accelerator.num_processes == 1:
-            return list(counts)
-        totals = torch.tensor(counts, device=self.args.device)
-        summed: list[int] = self.accelerator.reduce(totals, reduction="sum").tolist()
-        return summed
 
     # ---- evaluation --------------------------------------------------------------------------
 
@@ -288,7 +293,7 @@ class PreferenceTrainer(Trainer):
         """
         facts = describe_policy(self.model)
         stats = self._probe()
-        lines = facts.lines()
+        lines = [self.engine, *facts.lines()]
         if not stats.has_reference:
             return [*lines[:-1], f"{self.objective.name} reads no reference; none will run"]
         ratio = float(largest_logratio(stats))
@@ -403,13 +408,6 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the library's formula assumes one dense batch and no shared work."""
         return 0
-
-    def _replace_console(self) -> None:
-        from transformers import PrinterCallback, ProgressCallback
-
-        for kind in (ProgressCallback, PrinterCallback):
-            self.remove_callback(kind)
-        self.add_callback(ConsoleCallback())
 
     def write_metrics_to(self, path: Path) -> None:
         """Keep every log line as JSON in ``path``, and beside it the margins of training rows."""

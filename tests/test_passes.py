@@ -22,6 +22,7 @@ from lora_dpo.objectives.paired import scaled_logratios
 from lora_dpo.policy import load_policy
 from lora_dpo.reference_cache import with_reference_logps
 from lora_dpo.stats import PairStats
+from lora_dpo.stepping import laid_tokens
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
 
@@ -123,6 +124,38 @@ def test_a_step_split_into_single_pairs_is_the_whole_step_along_a_trajectory(
         for key, state in states.items():
             assert other_states[key] == pytest.approx(state, abs=1e-5)
             assert state["mean"] != 0
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("name", ["worst_pairs", "dpo"])
+def test_a_token_budget_splits_a_step_and_changes_no_number(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, name: str, engine: Any
+) -> None:
+    bound = objectives.get(name).bind(beta=0.05)
+    weights, losses, _ = _trained(tiny_model, rows, tmp_path, bound, 6)
+    seen: list[list[int]] = []
+    trainer = PreferenceTrainer(
+        _policy(tiny_model),
+        objective=bound,
+        args=_arguments(tmp_path),
+        train_data=rows,
+        engine=engine,
+        max_tokens_per_batch=80,
+    )
+    plain = trainer._stats
+
+    def spying(model: Any, part: Any, gradient_only: bool = False) -> Any:
+        if model.training:
+            seen.append([laid_tokens(row) for row in part])
+        return plain(model, part, gradient_only)
+
+    trainer._stats = spying  # type: ignore[method-assign]
+    trainer.train()
+    assert all(sum(tokens) <= 80 or len(tokens) == 1 for tokens in seen)
+    assert any(len(tokens) > 1 for tokens in seen) and len(seen) > 6
+    torch.testing.assert_close(_weights(trainer.model), weights, rtol=1e-3, atol=1e-5)
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found == pytest.approx(losses, abs=1e-5)
 
 
 def test_the_second_pass_sees_the_dropout_of_the_first(

@@ -1,6 +1,15 @@
 """Preference data: recognised, checked, tokenised and padded. This room knows no model."""
 
-from lora_dpo.data.collating import LabelledBatch, PairBatch, collate_labelled, collate_pairs
+from lora_dpo.data.collating import (
+    FlatBatch,
+    LabelledBatch,
+    PairBatch,
+    collate_labelled,
+    collate_pairs,
+    flat_labelled,
+    flat_pairs,
+    flat_tokens,
+)
 from lora_dpo.data.lengths import Lengths, Summary
 from lora_dpo.data.loading import load_preferences
 from lora_dpo.data.mismatching import with_mismatched
@@ -12,6 +21,7 @@ from lora_dpo.data.tokenising import Tokenised, label_counts, require_scores, to
 
 __all__ = [
     "DataReport",
+    "FlatBatch",
     "Labelled",
     "LabelledBatch",
     "Lengths",
@@ -25,6 +35,9 @@ __all__ = [
     "Tokenised",
     "collate_labelled",
     "collate_pairs",
+    "flat_labelled",
+    "flat_pairs",
+    "flat_tokens",
     "label_counts",
     "load_preferences",
     "require_scores",

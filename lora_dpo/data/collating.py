@@ -65,6 +65,112 @@ class LabelledBatch:
         return _moved(self, lambda tensor: tensor.pin_memory())
 
 
+Segment = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBatch:
+    """Rows laid end to end without padding; what the answers to one prompt share stands once.
+
+    A segment is ``(shared, (branch, branch, ...))``: lengths of the tokens that all its rows begin
+    with, and of what each goes on with. The last token of an answer predicts nothing and is left out.
+    Rows are those of ``PairBatch`` (chosen first, then rejected) or ``LabelledBatch``.
+    """
+
+    input_ids: torch.Tensor  # [1, time] long
+    position_ids: torch.Tensor  # [1, time] long; a branch goes on counting from what is shared
+    places: torch.Tensor  # [tokens] long, where in time each answer's token is predicted
+    targets: torch.Tensor  # [tokens] long, the answers' tokens, row by row
+    token_rows: torch.Tensor  # [tokens] long, the row of each
+    lengths: torch.Tensor  # [rows] long, tokens of each answer
+    segments: tuple[Segment, ...]
+    origins: tuple[Origin, ...]
+    label: torch.Tensor | None = None  # [rows] bool, of labelled rows
+    chosen_scores: torch.Tensor | None = None  # [pairs] float32
+    rejected_scores: torch.Tensor | None = None
+    mismatched: FlatBatch | None = None
+
+    def to(self, device: Any) -> FlatBatch:
+        """Return the batch on a device."""
+        return _moved(self, lambda tensor: tensor.to(device))
+
+
+def flat_pairs(rows: Sequence[Mapping[str, Any]]) -> FlatBatch:
+    """Lay pairs end to end, each as what its sides share, the rest of chosen, the rest of rejected."""
+    pairs = [(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
+    batch = _flat(pairs, _origins(rows))
+    chosen, rejected = (_scores(rows, side) for side in _PAIR)
+    return replace(batch, chosen_scores=chosen, rejected_scores=rejected)
+
+
+def flat_labelled(rows: Sequence[Mapping[str, Any]]) -> FlatBatch:
+    """Lay labelled rows end to end."""
+    import torch
+
+    origins = _origins(rows)
+    batch = _flat([(row["prompt_ids"], [row["completion_ids"]]) for row in rows], origins)
+    label = torch.tensor([bool(row["label"]) for row in rows])
+    if "mismatched_ids" not in rows[0]:
+        return replace(batch, label=label)
+    other = _flat([(row["prompt_ids"], [row["mismatched_ids"]]) for row in rows], origins)
+    return replace(batch, label=label, mismatched=other)
+
+
+def flat_tokens(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens a prompt with its answers takes in a flat batch."""
+    shared = _shared(answers)
+    return len(prompt) + shared + sum(len(answer) - 1 - shared for answer in answers)
+
+
+def _flat(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], origins: tuple[Origin, ...]
+) -> FlatBatch:
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    places: list[list[list[int]]] = []  # of each group, of each answer
+    for prompt, answers in groups:
+        shared, begin = _shared(answers), len(ids)
+        trunk = len(prompt) + shared
+        ids += [*prompt, *answers[0][:shared]]
+        positions += range(trunk)
+        found = []
+        for answer in answers:
+            start, rest = len(ids), answer[shared:-1]
+            ids += rest
+            positions += range(trunk, trunk + len(rest))
+            in_trunk = range(begin + len(prompt) - 1, begin + trunk)
+            found.append([*in_trunk, *range(start, start + len(rest))])
+        places.append(found)
+        segments.append((trunk, tuple(len(answer) - 1 - shared for answer in answers)))
+    # all first answers, then all second ones
+    order = [(g, a) for a in range(len(groups[0][1])) for g in range(len(groups))]
+    lengths = torch.tensor([len(groups[g][1][a]) for g, a in order])
+    return FlatBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        places=torch.tensor([place for g, a in order for place in places[g][a]]),
+        targets=torch.tensor([token for g, a in order for token in groups[g][1][a]]),
+        token_rows=torch.repeat_interleave(torch.arange(len(order)), lengths),
+        lengths=lengths,
+        segments=tuple(segments),
+        origins=origins,
+    )
+
+
+def _shared(answers: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all answers begin with, at most all but one of the shortest."""
+    if len(answers) < 2:
+        return 0
+    most = min(map(len, answers)) - 1
+    first = answers[0]
+    return next(
+        (i for i in range(most) if any(answer[i] != first[i] for answer in answers[1:])), most
+    )
+
+
 def collate_pairs(
     rows: Sequence[Mapping[str, Any]], *, pad_id: int, padding_side: Side = "right"
 ) -> PairBatch:
@@ -91,7 +197,7 @@ def collate_labelled(
 
 
 _PAIR = ("chosen", "rejected")
-Batch = TypeVar("Batch", PairBatch, LabelledBatch)
+Batch = TypeVar("Batch", PairBatch, LabelledBatch, FlatBatch)
 
 
 def _pad(
@@ -135,6 +241,7 @@ def _moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
     tensors: dict[str, Any] = {
         k: move(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)
     }
-    if isinstance(batch, LabelledBatch) and batch.mismatched is not None:
-        tensors["mismatched"] = _moved(batch.mismatched, move)
+    other: Any = getattr(batch, "mismatched", None)
+    if other is not None:
+        tensors["mismatched"] = _moved(other, move)
     return replace(batch, **tensors)

@@ -1,0 +1,214 @@
+"""The flat layout: equal to one sequence at a time, on every model that takes it, or not taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lora_dpo.config import LoraConfig
+from lora_dpo.data import collate_pairs, flat_labelled, flat_pairs, flat_tokens
+from lora_dpo.engine import choose_engine, is_flat
+from lora_dpo.errors import ConfigError
+from lora_dpo.forward import completion_logps, pair_stats
+from lora_dpo.policy import load_policy, reference
+from tests.helpers import move_adapter
+
+IDS = st.lists(st.integers(3, 5), min_size=1, max_size=6)  # few tokens: long shared beginnings
+ROW = st.fixed_dictionaries({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
+ROWS = [
+    {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [8, 9, 12]},
+    {"prompt_ids": [13], "chosen_ids": [14], "rejected_ids": [15, 16, 17, 18, 19]},
+    {"prompt_ids": [20, 21], "chosen_ids": [22, 23, 24], "rejected_ids": [22, 23, 24, 25]},
+    {"prompt_ids": [30, 31, 32, 33], "chosen_ids": [34, 35], "rejected_ids": [36, 2]},
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=3))
+def test_every_answer_is_predicted_behind_its_own_tokens(rows: list[Any]) -> None:
+    batch = flat_pairs(rows)
+    ids, positions = batch.input_ids[0], batch.position_ids[0]
+    assert len(ids) == sum(trunk + sum(branches) for trunk, branches in batch.segments)
+    assert len(ids) == sum(
+        flat_tokens(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows
+    )
+    for number, row in enumerate([(r, s) for s in ("chosen", "rejected") for r in rows]):
+        prompt, answer = row[0]["prompt_ids"], row[0][f"{row[1]}_ids"]
+        places = batch.places[batch.token_rows == number]
+        assert batch.targets[batch.token_rows == number].tolist() == answer
+        assert int(batch.lengths[number]) == len(answer)
+        # the state behind token j of prompt + answer predicts token j + 1
+        assert positions[places].tolist() == list(
+            range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        )
+        assert ids[places].tolist() == [prompt[-1], *answer[:-1]]
+
+
+def _one_at_a_time(policy: Any, rows: list[Any]) -> torch.Tensor:
+    found = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            answer = torch.tensor(row[side])
+            ids = torch.tensor([[*row["prompt_ids"], *row[side]]])
+            logits = policy(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].float()
+            found.append(logits.log_softmax(-1).gather(1, answer[:, None]).sum())
+    return torch.stack(found)
+
+
+def _gradient(policy: Any, values: torch.Tensor) -> torch.Tensor:
+    policy.zero_grad()
+    (values * torch.linspace(1, 2, len(values))).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "attn_implementation": "eager"},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+NOT_FLAT = {"gemma2": "attention is 'eager'"}  # it caps its scores, which sdpa cannot
+
+
+def _model(kind: str, **further: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1,
+        "eos_token_id": 2, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    config = CONFIG_MAPPING[kind](**{**sizes, **SHAPES[kind], **further})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_flat_rows_equal_one_sequence_at_a_time_or_are_not_taken(kind: str, tied: bool) -> None:
+    policy = load_policy(_model(kind, tie_word_embeddings=tied), lora=LoraConfig(rank=4)).eval()
+    move_adapter(policy, std=0.2)
+    expected = _one_at_a_time(policy, ROWS)
+    expected_gradient = _gradient(policy, expected)
+    with reference(policy):
+        expected_reference = _one_at_a_time(policy, ROWS)
+    line = choose_engine(policy, ROWS[:2], 9, "auto", chunk=5)
+    if kind in NOT_FLAT:
+        assert NOT_FLAT[kind] in line and not is_flat(policy)
+        return
+    assert is_flat(policy), line
+    batch = flat_pairs(ROWS)
+    values = completion_logps(policy, batch, chunk=5)
+    torch.testing.assert_close(values.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+    found = _gradient(policy, values)
+    assert float((found - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
+    with reference(policy):
+        theirs = completion_logps(policy, batch)
+    torch.testing.assert_close(theirs, expected_reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> PeftModel:
+    policy = load_policy(tiny_model)
+    move_adapter(policy)
+    return policy.eval()
+
+
+def test_order_grouping_and_layout_change_nothing_in_4_bit(policy: PeftModel) -> None:
+    needs = {"first_logps", "confidences", "kls"}
+    expected = pair_stats(policy, collate_pairs(ROWS, pad_id=0), needs=needs)
+    gradient = _gradient(policy, expected.policy_chosen_logps)
+    assert "fast" in choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    order = [2, 0, 3, 1]
+    parts = [
+        pair_stats(policy, flat_pairs([ROWS[i] for i in group]), needs=needs, chunk=3)
+        for group in (order[:1], order[1:])
+    ]
+    back = torch.tensor(order).argsort()
+    together = type(expected).cat(parts).map(lambda _, value: value[back])
+    for name, value in expected.present().items():
+        torch.testing.assert_close(together.present()[name], value, rtol=1e-4, atol=1e-4)
+    found = _gradient(policy, together.policy_chosen_logps)
+    assert float((found - gradient).norm() / gradient.norm()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_:FutureWarning")
+def test_recomputed_layers_see_the_same_segments(policy: PeftModel) -> None:
+    choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    expected = _gradient(policy, completion_logps(policy, flat_pairs(ROWS)))
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_input_require_grads()
+    policy.train()
+    try:
+        found = _gradient(policy, completion_logps(policy, flat_pairs(ROWS)))
+    finally:
+        policy.gradient_checkpointing_disable()
+        policy.eval()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_labelled_rows_are_laid_flat_too(policy: PeftModel) -> None:
+    choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    labelled = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": row["chosen_ids"],
+            "mismatched_ids": ROWS[i - 1]["rejected_ids"],
+            "label": i % 2 == 0,
+        }
+        for i, row in enumerate(ROWS)
+    ]
+    batch = flat_labelled(labelled)
+    assert batch.mismatched is not None
+    with torch.no_grad():
+        pairs = completion_logps(policy, flat_pairs(ROWS))
+        torch.testing.assert_close(completion_logps(policy, batch), pairs[:4], rtol=1e-4, atol=1e-4)
+        other = completion_logps(policy, batch.mismatched)
+        swapped = [
+            {**row, "rejected_ids": ROWS[i - 1]["rejected_ids"]} for i, row in enumerate(ROWS)
+        ]
+        torch.testing.assert_close(
+            other, completion_logps(policy, flat_pairs(swapped))[4:], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_what_cannot_be_laid_flat_is_recognised(tiny_model: Path) -> None:
+    windowed = load_policy(_model("mistral", sliding_window=8), lora=LoraConfig(rank=2))
+    assert "sliding window of 8 is shorter" in choose_engine(windowed, ROWS, 9, "auto", chunk=64)
+    assert "fast" in choose_engine(windowed, ROWS, 8, "auto", chunk=64)
+    eager = load_policy(tiny_model, lora=LoraConfig(rank=2), attention="eager")
+    assert "attention is 'eager'" in choose_engine(eager, ROWS, 9, "auto", chunk=64)
+    with pytest.raises(ConfigError, match="fast, and this model cannot: attention is 'eager'"):
+        choose_engine(eager, ROWS, 9, "fast", chunk=64)
+    assert "train.engine: plain" in choose_engine(eager, ROWS, 9, "plain", chunk=64)
+
+
+def test_a_layout_that_differs_is_not_taken(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(tiny_model, lora=LoraConfig(rank=2))
+
+    def broken(rows: Any) -> Any:
+        batch = flat_pairs(rows)
+        return type(batch)(**{**vars(batch), "position_ids": batch.position_ids * 2})
+
+    monkeypatch.setattr("lora_dpo.engine.flat_pairs", broken)
+    line = choose_engine(policy, ROWS, 9, "auto", chunk=64)
+    assert "it differs by" in line and not is_flat(policy)
+    assert policy.get_base_model().config._attn_implementation == "sdpa"
