@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # A torch that is installed already (for this machine's GPU, say) is respected, not replaced.
-HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch') and 1 or '')" 2>/dev/null)
+# (Not one in an activated virtual environment: a new environment does not see into it.)
+HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find_spec('torch') and sys.prefix == sys.base_prefix and 1 or '')" 2>/dev/null)
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 

@@ -170,6 +170,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a package"
+    found["torch"] = torch.__version__  # with its build, which the package's version may lack
     return found
 
 
