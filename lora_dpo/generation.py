@@ -38,6 +38,7 @@ def generate_side_by_side(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[SideBySide]:
     """Complete each prompt with the policy and with its reference, from the same random numbers.
 
@@ -47,12 +48,14 @@ def generate_side_by_side(
         temperature: 0 takes the likeliest token each time.
         seed: of the random numbers, the same for both.
         batch_size: prompts at a time.
+        template_arguments: variables for the chat template, as training had them.
     """
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
         "batch_size": batch_size,
+        "template_arguments": template_arguments,
     }
     ours = complete(policy, tokenizer, prompts, **options)  # type: ignore[arg-type]
     theirs = complete(policy, tokenizer, prompts, as_reference=True, **options)  # type: ignore[arg-type]
@@ -72,6 +75,7 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return one completion a prompt, without the prompt and without special tokens."""
     texts: list[str] = []
@@ -81,7 +85,8 @@ def complete(
         with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
-                rows = [encode_prompt(tokenizer, p) for p in prompts[start : start + batch_size]]
+                part = prompts[start : start + batch_size]
+                rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
                 made = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
                 texts += tokenizer.batch_decode(made, skip_special_tokens=True)
     finally:
@@ -129,7 +134,9 @@ def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: place + 1]
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, template_arguments: Mapping[str, Any] | None = None
+) -> list[int]:
     """Return the tokens of a prompt as training saw it: through the chat template, or plain.
 
     Raises:
@@ -142,7 +149,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
                 "data.chat_template."
             )
         text = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
+            list(prompt),
+            tokenize=False,
+            add_generation_prompt=True,
+            **(template_arguments or {}),
         )
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from lora_dpo.config import Config
 from lora_dpo.data import DataReport, Preferences, Tokenised, load_preferences, tokenise
-from lora_dpo.errors import ModelError
+from lora_dpo.errors import DataError, ModelError
 
 logger = logging.getLogger("lora_dpo")
 
@@ -67,6 +67,11 @@ def load_tokenizer(config: Config) -> Any:
 def prepare_data(config: Config, tokenizer: Any, kind: Kind) -> RunData:
     """Load, split and tokenise the rows of a run; the same config gives the same rows again."""
     rows = load_rows(config, config.data.train, kind)
+    if config.data.chat_template and not rows.rows[0].is_chat:
+        raise DataError(
+            f"data.chat_template is {config.data.chat_template!r}, but the rows are plain texts, to which "
+            "no template is applied; leave it out, or give messages."
+        )
     if config.data.eval:
         held: Preferences | None = load_rows(config, config.data.eval, kind)
     elif config.data.eval_fraction > 0:

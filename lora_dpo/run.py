@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config, LoraConfig
-from lora_dpo.data import Tokenised, label_counts, with_mismatched
+from lora_dpo.data import Tokenised, label_counts
 from lora_dpo.diagnostics import (
     Diagnosis,
     Effort,
@@ -35,6 +36,7 @@ from lora_dpo.guards import (
     checkpoint_facts,
     settings_of_the_library,
 )
+from lora_dpo.metrics import peak_gib
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
     check_base,
@@ -95,7 +97,10 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
         accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
         logger.info("a step: %d x %d pairs", trainer.micro_batch, accumulated)
+        began = time.monotonic()
         trainer.train(resume_from_checkpoint=resume or None)
+        minutes, peak = (time.monotonic() - began) / 60, peak_gib(trainer.args.device)
+        logger.info("trained in %.1f minutes; peak memory %.1f GiB", minutes, peak)
         return _finish(trainer, config, objective, tokenizer, data)
 
 
@@ -116,14 +121,15 @@ def evaluate(
     """
     run = _as_run(run)
     tokenizer = run.tokenizer()
-    rows = (
-        tokenise_rows(load_rows(run.config, data, run.objective.data), run.config, tokenizer)
-        if data
-        else run.held_out()
-    )
+    if data:
+        read = load_rows(run.config, data, run.objective.data)
+        rows = tokenise_rows(read, run.config, tokenizer)
+        for line in (*read.report.lines(), *rows.report.lines()):
+            logger.info(line)
+        rows, _ = fitted(run.objective, rows, None)
+    else:
+        rows = run.held_out()
     width = batch_size or int(run.config.train.further.get("per_device_eval_batch_size", 2))
-    if "mismatched" in run.objective.needs:
-        rows = with_mismatched(rows)
     return evaluate_policy(
         run.load_policy(checkpoint),
         rows,
@@ -210,6 +216,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        template_arguments=run.config.data.template_arguments,
     )
 
 

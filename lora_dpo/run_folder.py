@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lora_dpo import objectives
+from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, OutputError
@@ -133,7 +134,7 @@ class Run:
         else:
             folder = self.folder / f"checkpoint-{checkpoint.removeprefix('checkpoint-')}"
         if not (folder / "adapter_config.json").is_file():
-            found = sorted(p.name for p in self.folder.glob("checkpoint-*"))
+            found = [path.name for path in list_checkpoints(self.folder)]
             raise OutputError(
                 f"{folder}: no adapter there. The run has {', '.join(found) or 'no checkpoints'}"
                 f"{' and adapter/' if (self.folder / 'adapter').is_dir() else ' (training did not end)'}."

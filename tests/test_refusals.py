@@ -295,3 +295,14 @@ def test_rows_longer_than_the_models_positions_are_refused(values: dict[str, Any
     values["data"]["max_length"] = 4096
     with pytest.raises(ConfigError, match="the model has 128 positions"):
         train(values)
+
+
+def test_a_chat_template_for_plain_texts_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    values["data"]["chat_template"] = str(template)
+    with pytest.raises(
+        DataError, match="the rows are plain texts, to which no template is applied"
+    ):
+        train(values)
+    assert not (tmp_path / "run").exists()

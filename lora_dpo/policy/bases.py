@@ -58,6 +58,8 @@ def check_base(settings: ModelConfig) -> Any:
             method other than bitsandbytes, or a quantisation that this machine cannot run.
     """
     where = f"model.base {settings.base!r}"
+    if settings.base.startswith((".", "/", "~")) and not Path(settings.base).is_dir():
+        raise ModelError(f"{where}: no such folder. Give a folder with config.json, or a hub id.")
     try:
         config = AutoConfig.from_pretrained(
             settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code
