@@ -101,7 +101,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.tiny:
         args.preset, args.device = "tiny", "cpu"
-        args.prompt, args.response = min(args.prompt, 96), min(args.response, 64)
+        args.prompt, args.response = min(args.prompt, 64), min(args.response, 32)
+        args.accum = min(args.accum, 2)
     args.runs = args.runs or run_names(TINY_RUNS if args.tiny else RUNS)
     if args.device is None:
         import torch
