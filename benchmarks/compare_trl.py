@@ -1,0 +1,321 @@
+"""TRL's ``DPOTrainer`` against our ``PreferenceTrainer``: same model, pairs, LoRA and batch.
+
+    python benchmarks/compare_trl.py --tiny
+    python benchmarks/compare_trl.py --preset llama3-8b --prompt 512 --response 512 --mem-cap-gib 24
+
+Every run has a process of its own, and the runs of a repeat alternate. A run is named ``side`` or
+``side+option+option``: ``gc`` (gradient checkpointing, either side); for TRL ``precompute``
+(reference log-probs in a pass before training, charged to the pairs), ``padding_free`` (accepted and
+switched off by TRL 1.16), ``liger``, and ``fp32`` (adapters kept in float32 as ours are, which TRL has
+no option for; on a CPU it can be the faster). Ratios are ours to TRL's best, at equal checkpointing
+and at the best of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import shapes
+
+HERE = Path(__file__).resolve().parent
+OPTIONS = {"ours": {"gc"}, "trl": {"gc", "precompute", "padding_free", "liger", "fp32"}}
+RUNS = "ours,trl,trl+precompute,trl+fp32,ours+gc,trl+gc,trl+gc+fp32"
+TINY_RUNS = "ours,trl,trl+fp32,trl+precompute+fp32"
+TOKENIZER = HERE.parent / "lora_dpo" / "quickstart" / "model"
+LIBRARIES = ("lora-dpo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Read ``key=value``; the value is JSON, or else a word."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value, such as engine=plain")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def run_names(text: str) -> list[str]:
+    """Read the comma-separated names of runs."""
+    names = text.split(",")
+    for name in names:
+        side, *options = name.split("+")
+        if side not in OPTIONS or (unknown := set(options) - OPTIONS[side]):
+            detail = f"no option {sorted(unknown)}" if side in OPTIONS else f"no side {side!r}"
+            raise argparse.ArgumentTypeError(
+                f"{name!r}: {detail}; sides and their options are "
+                + "; ".join(f"{key}: {', '.join(sorted(OPTIONS[key]))}" for key in OPTIONS)
+            )
+    return names
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--preset", choices=sorted(shapes.PRESETS), default="tiny")
+    add("--model", help="a model folder in place of a preset")
+    add("--layers", type=int, help="fewer layers than the preset has")
+    add("--tiny", action="store_true", help="small enough for two CPU cores and a few minutes")
+    add("--prompt", type=int, default=512)
+    add("--response", type=int, default=512)
+    add(
+        "--jitter",
+        type=float,
+        default=0.0,
+        help="draw lengths from [(1 - jitter) x length, length]",
+    )
+    add("--data", type=Path, help="real preferences (JSONL) in place of random ids")
+    add("--tokenizer", help="folder, for --data with a preset; the bundled small one by default")
+    add("--max-length", type=int, default=512, help="longer rows of --data are dropped")
+    add("--micro", type=int, default=1, help="pairs of a micro-batch")
+    add("--accum", type=int, default=4, help="micro-batches of a step")
+    add("--steps", type=int, default=5, help="timed steps")
+    add("--warmup", type=int, default=1, help="steps before them")
+    add("--repeats", type=int, default=2)
+    add("--epochs", type=int, default=1, help="epochs that share the cost of TRL's reference pass")
+    add("--rank", type=int, default=16)
+    add("--beta", type=float, default=0.1)
+    add("--learning-rate", type=float, default=1e-5)
+    add("--runs", type=run_names, help=f"default {RUNS}; with --tiny {TINY_RUNS}")
+    add("--ours", type=key_value, action="append", default=[], metavar="KEY=VALUE")
+    add("--device", choices=("cpu", "cuda"))
+    add("--mem-cap-gib", type=float, help="cap of torch's CUDA allocator: a smaller card")
+    add("--seed", type=int, default=0)
+    add("--name", help="of the result file; made from the settings by default")
+    add("--out", type=Path, help="folder of the results; benchmarks/results by default")
+    args = parser.parse_args(words)
+    if args.tiny:
+        args.preset, args.device = "tiny", "cpu"
+        args.prompt, args.response = min(args.prompt, 64), min(args.response, 32)
+        args.accum = min(args.accum, 2)
+    args.runs = args.runs or run_names(TINY_RUNS if args.tiny else RUNS)
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 0 <= args.jitter < 1:
+        parser.error("--jitter: expected 0 or more and less than 1.")
+    if min(args.steps, args.micro, args.accum, args.repeats, args.epochs) < 1 or args.warmup < 0:
+        parser.error(
+            "--steps, --micro, --accum, --repeats, --epochs: 1 or more; --warmup: 0 or more."
+        )
+    if args.mem_cap_gib and args.device == "cpu":
+        parser.error("--mem-cap-gib caps CUDA's allocator; leave it out on a CPU.")
+    return args
+
+
+def write_pairs(args: argparse.Namespace, file: Path) -> list[dict[str, list[int]]]:
+    """Write the pairs that every run reads."""
+    count = (args.warmup + args.steps) * args.micro * args.accum
+    if args.model:
+        from transformers import AutoConfig
+
+        vocab = AutoConfig.from_pretrained(args.model).vocab_size
+    else:
+        vocab = shapes.PRESETS[args.preset][1]["vocab_size"]
+    if args.data:
+        source = args.tokenizer or args.model or str(TOKENIZER)
+        pairs = shapes.real_pairs(args.data, source, vocab, count, args.max_length, args.seed)
+    else:
+        pairs = shapes.random_pairs(
+            count, vocab, args.prompt, args.response, args.jitter, args.seed
+        )
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return pairs
+
+
+def one_run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Run one side in a fresh process."""
+    side, *variant = name.split("+")
+    keys = ("preset", "model", "layers", "micro", "accum", "steps", "warmup", "epochs", "rank")
+    keys += ("beta", "learning_rate", "device", "mem_cap_gib", "seed")
+    spec = {key: getattr(args, key) for key in keys}
+    spec.update(side=side, variant=variant, ours=dict(args.ours))
+    spec["pairs_file"] = str(folder / "pairs.jsonl")
+    asked, answer = folder / "spec.json", folder / "result.json"
+    asked.write_text(json.dumps(spec), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    # Threads that wait by spinning burn CPU seconds on a busy machine, on both sides.
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    settings = {**offline, **waiting, **memory, **os.environ}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    settings["HF_HOME"] = settings["HF_DATASETS_CACHE"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "one_run.py"), str(asked), str(answer)],
+        capture_output=True,
+        text=True,
+        env=settings,
+    )
+    if answer.exists():
+        return dict(json.loads(answer.read_text(encoding="utf-8")))
+    tail = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
+    return {"error": f"exit status {done.returncode}: {tail[0][:300]}"}
+
+
+# ---- summary -------------------------------------------------------------------------------------
+
+MEASURES = ("pairs_per_s", "cpu_s_per_pair", "tokens_per_s")
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each run's medians over the repeats, and the ratios."""
+    table: dict[str, Any] = {}
+    for name in dict.fromkeys(run["run"] for run in runs):
+        good = [run for run in runs if run["run"] == name and "error" not in run]
+        if not good:
+            errors = [run["error"] for run in runs if run["run"] == name]
+            table[name] = {"error": errors[0]}
+            continue
+        row: dict[str, Any] = {key: _spread([run[key] for run in good]) for key in MEASURES}
+        row["step_s"] = {
+            "median": statistics.median(run["step_s"]["median"] for run in good),
+            "min": min(run["step_s"]["min"] for run in good),
+            "max": max(run["step_s"]["max"] for run in good),
+        }
+        row["peak_gib"] = _spread([run["memory_gib"]["peak"] for run in good])
+        row["first_loss"] = good[0]["first_loss"]
+        row["repeats"] = len(good)
+        row["failed"] = sum(run["run"] == name for run in runs) - len(good)
+        table[name] = row
+    groups = {
+        "no checkpointing": {n: r for n, r in table.items() if "gc" not in n.split("+")},
+        "checkpointing": {n: r for n, r in table.items() if "gc" in n.split("+")},
+        "best of each": table,
+    }
+    return {"runs": table, "ours_to_trl": {key: ratios(rows) for key, rows in groups.items()}}
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, Any] | None:
+    """Return ours to TRL's best, each measure against TRL's best in that very measure."""
+    good = {name: row for name, row in rows.items() if "error" not in row}
+    sides = {side: [n for n in good if n.split("+")[0] == side] for side in ("ours", "trl")}
+    if not all(sides.values()):
+        return None
+    found: dict[str, Any] = {}
+    for key in ("pairs_per_s", "cpu_s_per_pair", "peak_gib"):
+        best = max if key == "pairs_per_s" else min
+
+        def median(name: str, key: str = key) -> float:
+            return float(good[name][key]["median"])
+
+        mine, rival = (best(sides[side], key=median) for side in ("ours", "trl"))
+        ratio = median(mine) / median(rival) if median(rival) > 0 else None
+        found[key] = {"ours": mine, "trl": rival, "ratio": ratio and round(ratio, 3)}
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next(
+            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
+        )
+    found = {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the summary as a table."""
+    print(
+        f"\n{'run':24s} {'pairs/s':>9s} {'CPU s/pair':>10s} {'tokens/s':>9s} {'peak GiB':>9s}  loss"
+    )
+    for name, row in summary["runs"].items():
+        if "error" in row:
+            print(f"{name:24s} {row['error'][:90]}")
+            continue
+        middle = [row[key]["median"] for key in (*MEASURES, "peak_gib")]
+        print("{:24s} {:9.3f} {:10.4f} {:9.0f} {:9.3f}".format(name, *middle), end="  ")
+        print(f"{row['first_loss']:.4f}")
+    for key, found in summary["ours_to_trl"].items():
+        if found:
+            parts = [f"{k} {v['ratio']} ({v['ours']} / {v['trl']})" for k, v in found.items()]
+            print(f"ours/TRL, {key}: " + ", ".join(parts))
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings without any folder of this machine."""
+    kept = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
+    for key in ("model", "tokenizer", "data"):
+        kept[key] = Path(kept[key]).name if kept[key] else None
+    if args.data and not args.tokenizer and not args.model:
+        kept["tokenizer"] = "the bundled quickstart model's"
+    kept["ours"] = dict(args.ours)
+    return kept
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run everything, alternating, and write the results."""
+    args = parse(words)
+    source = Path(args.model).name if args.model else args.preset
+    what = args.data.stem if args.data else f"{args.prompt}x{args.response}"
+    if args.jitter and not args.data:
+        what += f"_jitter{args.jitter:g}"
+    cap = f"_{args.mem_cap_gib:g}gib" if args.mem_cap_gib else ""
+    name = args.name or f"{source}_{what}_{args.device}{cap}".lower().replace(".", "-")
+    out = args.out or HERE / "results"
+    out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="compare_trl_") as folder:
+        pairs = write_pairs(args, Path(folder) / "pairs.jsonl")
+        for repeat in range(args.repeats):
+            for run in args.runs:
+                runs.append({"run": run, "repeat": repeat, **one_run(args, run, Path(folder))})
+                print(json.dumps(runs[-1]), flush=True)
+    lengths = [shapes.usual_tokens(pair) for pair in pairs]
+    report = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(args.device),
+        "versions": versions(),
+        "settings": settings_of(args),
+        "pairs": {"count": len(pairs), "usual_tokens": _spread(lengths)},
+        "summary": summarise(runs),
+        "runs": runs,
+    }
+    file = out / f"compare_trl_{name}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    show(report["summary"])
+    print(f"written: {file.name}")
+    return 1 if any("error" in run for run in runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
