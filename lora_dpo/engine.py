@@ -35,7 +35,13 @@ def collate(model: nn.Module, rows: Sequence[Row], *, pad_id: int = 0) -> Any:
 
 
 def choose_engine(
-    model: nn.Module, rows: Sequence[Row], longest: int, engine: Engine, *, chunk: int
+    model: nn.Module,
+    rows: Sequence[Row],
+    longest: int,
+    engine: Engine,
+    *,
+    chunk: int,
+    with_reference: bool = True,
 ) -> str:
     """Put the model on the fastest layout that is right for it, and say in words which that is.
 
@@ -45,6 +51,7 @@ def choose_engine(
         longest: tokens of the longest sequence of the data.
         engine: ``auto`` takes the flat layout where it can, ``fast`` insists, ``plain`` never does.
         chunk: positions whose logits exist at one time.
+        with_reference: whether the reference is tried too; it never runs where nothing reads it.
 
     Raises:
         ConfigError: ``fast``, and this model cannot.
@@ -53,7 +60,7 @@ def choose_engine(
         raise ConfigError(f"train.engine: got {engine!r}; expected one of {ENGINES}.")
     if engine == "plain":
         return "engine: plain, padded rows (train.engine: plain)"
-    reason = _obstacle(model, longest) or _proof(model, rows, chunk)
+    reason = _obstacle(model, longest) or _proof(model, rows, chunk, with_reference)
     if not reason:
         return "engine: fast, rows end to end without padding, prompts shared (proven on two rows)"
     if engine == "fast":
@@ -84,7 +91,7 @@ def _obstacle(model: nn.Module, longest: int) -> str:
     return ""
 
 
-def _proof(model: nn.Module, rows: Sequence[Row], chunk: int) -> str:
+def _proof(model: nn.Module, rows: Sequence[Row], chunk: int, with_reference: bool) -> str:
     """Turn the flat layout on if it agrees with the plain one on these rows; else say why not."""
     config = causal_lm(model).config
     before = config._attn_implementation
@@ -92,9 +99,10 @@ def _proof(model: nn.Module, rows: Sequence[Row], chunk: int) -> str:
     model.eval()
     try:
         with torch.random.fork_rng():
-            expected = _measure(model, rows, flat=False, chunk=chunk)
+            options: dict[str, Any] = {"chunk": chunk, "with_reference": with_reference}
+            expected = _measure(model, rows, flat=False, **options)
             config._attn_implementation = NAME
-            found = _measure(model, rows, flat=True, chunk=chunk)
+            found = _measure(model, rows, flat=True, **options)
         worst = max(
             float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
             for ours, theirs in zip(found, expected, strict=True)
@@ -112,17 +120,21 @@ def _proof(model: nn.Module, rows: Sequence[Row], chunk: int) -> str:
     return reason
 
 
-def _measure(model: nn.Module, rows: Sequence[Row], *, flat: bool, chunk: int) -> list[Tensor]:
-    """Return log-probs of policy and reference, and the adapters' gradient of the policy's."""
+def _measure(
+    model: nn.Module, rows: Sequence[Row], *, flat: bool, chunk: int, with_reference: bool
+) -> list[Tensor]:
+    """Return the policy's log-probs, the adapters' gradient of them, and the reference's log-probs."""
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     batch = _batch(rows, flat=flat, pad_id=0).to(device)
-    with reference(model):
-        theirs = completion_logps(model, batch, chunk=chunk)
+    theirs = []
+    if with_reference:
+        with reference(model):
+            theirs = [completion_logps(model, batch, chunk=chunk)]
     ours = completion_logps(model, batch, chunk=chunk)
     (ours * torch.linspace(1.0, 2.0, len(ours), device=device)).sum().backward()
     gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return [ours.detach(), theirs, torch.cat(gradient)]
+    return [ours.detach(), torch.cat(gradient), *theirs]
 
 
 def _batch(rows: Sequence[Row], *, flat: bool, pad_id: int) -> Any:

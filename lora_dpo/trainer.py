@@ -164,7 +164,8 @@ class PreferenceTrainer(Trainer):
         check_head(self.model)
         probe = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
         longest = max(map(row_length, self.train_dataset))
-        self.engine = choose_engine(self.model, probe, longest, engine, chunk=chunk_tokens)
+        how: Any = {"chunk": chunk_tokens, "with_reference": self.objective.reference}
+        self.engine = choose_engine(self.model, probe, longest, engine, **how)
 
     # ---- one optimiser step ------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_dpo.config import LoraConfig
@@ -19,6 +19,7 @@ from lora_dpo.engine import choose_engine, is_flat
 from lora_dpo.errors import ConfigError
 from lora_dpo.forward import completion_logps, pair_stats
 from lora_dpo.policy import load_policy, reference
+from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
 
 IDS = st.lists(st.integers(3, 5), min_size=1, max_size=6)  # few tokens: long shared beginnings
@@ -197,6 +198,30 @@ def test_what_cannot_be_laid_flat_is_recognised(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="fast, and this model cannot: attention is 'eager'"):
         choose_engine(eager, ROWS, 9, "fast", chunk=64)
     assert "train.engine: plain" in choose_engine(eager, ROWS, 9, "plain", chunk=64)
+
+
+def test_an_objective_without_a_reference_never_runs_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the reference ran")
+
+    for room in ("engine", "forward", "reference_cache"):
+        monkeypatch.setattr(f"lora_dpo.{room}.reference", never)
+    rows = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no, no"} for i in range(4)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to=[], use_cpu=True
+    )
+    trainer = PreferenceTrainer(
+        load_policy(tiny_model, lora=LoraConfig(rank=2)),
+        objective="simpo",
+        args=args,
+        train_data=rows,
+        tokenizer=AutoTokenizer.from_pretrained(tiny_model),
+        engine="fast",
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1 and is_flat(trainer.model)
 
 
 def test_a_layout_that_differs_is_not_taken(
