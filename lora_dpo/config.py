@@ -126,7 +126,7 @@ class DataConfig(Section):
 class TrainConfig(OpenSection):
     """Any field of ``transformers.TrainingArguments``, and these of ours."""
 
-    chunk_tokens: int = Field(1024, ge=1)
+    chunk_tokens: int = Field(256, ge=1)
     engine: Literal["auto", "fast", "plain"] = "auto"
     max_tokens_per_batch: int | None = Field(None, ge=1)
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"

@@ -32,19 +32,17 @@ from lora_dpo.checkpoints import (
     rotate,
     seal_checkpoint,
 )
-from lora_dpo.engine import Engine, choose_engine
+from lora_dpo.engine import Engine, choose_engine, has_fast_layers
 from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats
-from lora_dpo.forward import check_head
+from lora_dpo.heads import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import Window, peak_gib, row_metrics
 from lora_dpo.moving_reference import NEVER, MovesCallback, ReferenceMoves
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.passes import Passes
 from lora_dpo.policy import (
-    describe_policy,
     describe_reference,
-    equals_reference,
     prepare_policy,
     read_reference,
     save_adapter,
@@ -52,15 +50,18 @@ from lora_dpo.policy import (
     write_reference,
 )
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
-from lora_dpo.stats import AnyStats, largest_logratio, reference_logps, stats_of
+from lora_dpo.starting import check_same_reference, start_lines
+from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
     balanced,
     counted_tokens,
     fitted,
     keep_rows,
+    leave_checkpointing,
     one_batch_a_step,
     over_ranks,
+    recomputes,
     refuse_objective,
     row_length,
     row_tokens,
@@ -165,7 +166,10 @@ class PreferenceTrainer(Trainer):
         probe = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
         longest = max(map(row_length, self.train_dataset))
         how: Any = {"chunk": chunk_tokens, "with_reference": self.objective.reference}
+        how["recompute"] = recomputes(self.args)
         self.engine = choose_engine(self.model, probe, longest, engine, **how)
+        if has_fast_layers(self.model):
+            leave_checkpointing(self.args)
 
     # ---- one optimiser step ------------------------------------------------------------------
 
@@ -287,36 +291,10 @@ class PreferenceTrainer(Trainer):
         return output
 
     def self_check(self) -> list[str]:
-        """Return sentences on what the reference is, after proving that the policy begins there.
-
-        Raises:
-            TrainingError: the policy's weights equal the reference's and their log-probs do not.
-        """
-        facts = describe_policy(self.model)
+        """Return sentences on engine, policy and reference, after proving that they agree."""
         stats = self._probe()
-        lines = [self.engine, *facts.lines()]
-        if not stats.has_reference:
-            return [*lines[:-1], f"{self.objective.name} reads no reference; none will run"]
-        ratio = float(largest_logratio(stats))
-        loss, start = (
-            float(self.objective(s, self.states).mean()) for s in (stats, stats.at_reference())
-        )
-        if not equals_reference(self.model):
-            return [
-                *lines,
-                f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}",
-            ]
-        scale = max(abs(value) for value in self._check_logps)
-        if ratio > 1e-4 * max(scale, 1.0):
-            raise TrainingError(
-                f"self-check: policy and reference have the same weights, yet their log-probs differ "
-                f"by {ratio:.3g} nats (loss {loss:.4f}, expected {start:.4f}). The reference is wrong."
-            )
-        return [
-            *lines,
-            f"self-check: policy = reference on {len(stats)} rows "
-            f"(log-ratio {ratio:.2g}), loss {loss:.4f} = its start value {start:.4f}",
-        ]
+        scale = max(map(abs, self._check_logps), default=0.0)
+        return [self.engine, *start_lines(self.model, self.objective, self.states, stats, scale)]
 
     @property
     def folder(self) -> Path:
@@ -384,12 +362,7 @@ class PreferenceTrainer(Trainer):
         if self.moves:
             read_reference(self.model, folder)
         self._probe()
-        before, now = torch.tensor(state["reference_logps"]), torch.tensor(self._check_logps)
-        if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-3, atol=1e-2):
-            raise TrainingError(
-                f"{folder}: the reference or the data is not the one that this run began with (its "
-                "log-probs of the first rows differ). Resume with the same base, adapter and data."
-            )
+        check_same_reference(folder, state["reference_logps"], self._check_logps)
         self.window, self.states = Window.of(state["window"]), state["objective"]
         logger.info("resuming from %s", folder)
         return str(folder)

@@ -27,9 +27,10 @@ from lora_dpo.policy.switching import (
     describe_reference,
     policy_adapter,
     reference,
+    shaken,
     unwrap,
 )
-from lora_dpo.policy.weights import Merged, dequantised, merged_tensors
+from lora_dpo.policy.weights import Merged, dequantised, merged_tensors, plain_weight
 
 __all__ = [
     "ADAPTER",
@@ -55,11 +56,13 @@ __all__ = [
     "merged_tensors",
     "move_reference",
     "peft_config",
+    "plain_weight",
     "policy_adapter",
     "prepare_policy",
     "read_reference",
     "reference",
     "save_adapter",
+    "shaken",
     "snapshot_reference",
     "unwrap",
     "write_reference",
