@@ -29,7 +29,7 @@ from lora_dpo.logprobs import (
     token_values,
 )
 from lora_dpo.policy import reference
-from lora_dpo.stats import LabelledStats, PairStats
+from lora_dpo.stats import UNKEPT, LabelledStats, PairStats
 
 
 class Batch(Protocol):
@@ -75,7 +75,7 @@ def pair_stats(
     scores = _scores(batch) if "scores" in needs else {}
     parts = _token_subsets(batch, needs)
     theirs, head_states = None, None
-    if fixed is not None and not needs & _NEED_REFERENCE:
+    if fixed is not None and not needs & UNKEPT:
         theirs = {"logps": fixed}
     elif with_reference or "kls" in needs:
         with reference(model):
@@ -219,9 +219,6 @@ def _sums(
     for name, chosen in parts.items():
         sums[name] = sum_by_row(values["logps"] * chosen, rows, count)
     return sums
-
-
-_NEED_REFERENCE = {"kls", "first_logps", "sampled_logps"}
 
 
 def _token_subsets(batch: Batch | FlatBatch, needs: Set[str]) -> dict[str, Tensor]:

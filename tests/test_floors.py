@@ -21,6 +21,7 @@ FLOORS = {
     "callbacks": 5, "card": 5, "checkpoints": 5, "diagnostics": 5, "engine": 5,
     "evaluation": 5, "exporting": 5, "generation": 5, "preparing": 5,
     "guards": 5, "moving_reference": 5, "passes": 5, "proving": 5, "reference_cache": 5, "run_folder": 5,
+    "reference_store": 5,
     "stepping": 5, "trainer": 5, "run": 5,
     "cli": 6, "__init__": 6, "__main__": 6, "quickstart": 6,
 }  # fmt: skip
