@@ -21,13 +21,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from lora_dpo import objectives, reference_store
+from lora_dpo import attention, objectives, reference_store
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import ConfigError, OutputError, TrainingError
 from lora_dpo.forward import causal_lm
 from lora_dpo.policy import load_policy, reference_identity, save_adapter
-from lora_dpo.reference_cache import COLUMNS, with_reference_logps
+from lora_dpo.reference_cache import COLUMNS, check_known_reference, with_reference_logps
 from lora_dpo.reference_store import RECORD, ReferenceStore, answer_keys, stored_reference_logps
 from lora_dpo.run import evaluate, train
 from lora_dpo.store import lock
@@ -118,6 +118,19 @@ def test_only_unknown_answers_are_computed(
     assert _values(found)[0, 0] == _values(found)[0, -1]  # one answer, one value
 
 
+@pytest.mark.parametrize("layout", ["sdpa", attention.NAME])
+def test_in_16_bits_values_of_any_batch_shape_agree_within_the_bound_of_the_self_check(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, layout: str
+) -> None:
+    policy = _policy(tiny_model, compute_dtype="bfloat16")
+    causal_lm(policy).config._attn_implementation = layout
+    first = stored_reference_logps(policy, rows, tmp_path, batch_size=1)
+    for batch_size in (3, 16):
+        other = _values(with_reference_logps(policy, rows, batch_size=batch_size))
+        (line,) = check_known_reference(list(first.rows), other.flatten())
+        assert "on the first 16 they differ by" in line
+
+
 # ---- keys ------------------------------------------------------------------------------------
 
 
@@ -137,16 +150,27 @@ def test_rank_seed_targets_dropout_and_training_share_one_reference(tiny_model: 
     assert reference_identity(first) == before
 
 
-@pytest.mark.parametrize("quantisation", ["nf4", "int8", "none"])
 def test_the_reference_is_the_same_before_and_after_a_training_run(
-    tiny_model: Path, rows: Tokenised, tmp_path: Path, quantisation: str
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
 ) -> None:
-    policy = _policy(tiny_model, quantisation=quantisation)
+    policy = _policy(tiny_model)
     trainer = PreferenceTrainer(policy, args=_arguments(tmp_path), train_data=rows, engine="plain")
     before = reference_identity(policy)
     trainer.train()
     assert reference_identity(policy) == before
-    assert _shared(policy, _policy(tiny_model, seed=3, quantisation=quantisation))
+    assert _shared(policy, _policy(tiny_model, seed=3))
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "fp4", "int8", "none"])
+def test_a_forward_pass_changes_no_reference(
+    tiny_model: Path, rows: Tokenised, quantisation: str
+) -> None:
+    """The layers of bitsandbytes move parts of their state at the first one."""
+    policy = _policy(tiny_model, quantisation=quantisation)
+    before = reference_identity(policy)
+    with_reference_logps(policy, rows)
+    policy.train()(torch.arange(8)[None]).logits.sum().backward()
+    assert reference_identity(policy) == before
 
 
 @pytest.mark.parametrize(
