@@ -111,7 +111,8 @@ class ReferenceStore:
         facts = {"format": FORMAT, **reference_identity(policy)}
         self.folder = folder.absolute() / fingerprint(facts)[:32]
         try:
-            write_json(self.folder / "reference.json", facts)
+            if not (self.folder / "reference.json").is_file():  # a filled store may be read-only
+                write_json(self.folder / "reference.json", facts)
         except OSError as error:
             raise OutputError(
                 f"{folder}: the folder of reference log-probs cannot be written ({error}). Choose "

@@ -361,7 +361,10 @@ def _diagnose_at_the_end(
             trainer.model,
             tokenizer,
             trainer.objective,
-            data.held_out or data.train,
+            # with the reference's log-probs, where the trainer took them from disk
+            replace(data.held_out, rows=trainer.eval_dataset)
+            if data.held_out
+            else replace(data.train, rows=trainer.train_dataset),
             history=Run.open(folder).history,
             margins=read_margins(folder),
             subject=folder.name,
