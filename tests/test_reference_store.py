@@ -238,6 +238,8 @@ def test_an_answer_is_known_by_its_tokens_and_by_where_its_prompt_ends(
     keys = answer_keys(rows)
     assert set(keys.ravel()) == set(answer_keys(single).ravel())
     assert len(set(keys.ravel())) == keys.size
+    some = dataclasses.replace(rows, rows=rows.rows.select([7, 2, 11]))
+    assert np.array_equal(answer_keys(some), keys[[7, 2, 11]])
     columns = rows.rows.to_dict()
 
     def changed(prompt: list[int], chosen: list[int]) -> bytes:
@@ -329,6 +331,27 @@ def test_values_that_are_not_finite_are_handed_on_and_never_stored(
     assert sum(path.stat().st_size for path in _files(tmp_path)) == 30 * RECORD.itemsize
     monkeypatch.setattr(reference_store, "reference_batches", plain)
     assert bool(_values(stored_reference_logps(policy, rows, tmp_path)).isfinite().all())
+
+
+def test_a_full_disk_costs_the_stored_values_and_not_the_run(
+    tiny_model: Path,
+    rows: Tokenised,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reference_store, "write_bytes", full)
+    policy = _policy(tiny_model)
+    with caplog.at_level(logging.WARNING, "lora_dpo"):
+        found = _values(stored_reference_logps(policy, rows, tmp_path))
+    assert "32 reference log-probs could not be written" in caplog.text
+    torch.testing.assert_close(
+        found, _values(with_reference_logps(policy, rows)), rtol=0, atol=1e-4
+    )
+    assert _files(tmp_path) == []
 
 
 _FILLING = """
