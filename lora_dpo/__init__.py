@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
+    from lora_dpo.reference_store import stored_reference_logps
     from lora_dpo.run import (
         diagnose,
         diagnose_preferences,
@@ -54,6 +55,7 @@ _HOME = {
     "objectives": "objectives",
     "pair_stats": "forward",
     "reference": "policy",
+    "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
     "with_reference_logps": "reference_cache",
@@ -83,6 +85,7 @@ __all__ = [
     "objectives",
     "pair_stats",
     "reference",
+    "stored_reference_logps",
     "tokenise",
     "train",
     "with_reference_logps",

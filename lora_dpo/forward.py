@@ -29,7 +29,7 @@ from lora_dpo.logprobs import (
     token_values,
 )
 from lora_dpo.policy import reference
-from lora_dpo.stats import LabelledStats, PairStats
+from lora_dpo.stats import UNKEPT, LabelledStats, PairStats
 
 
 class Batch(Protocol):
@@ -74,7 +74,7 @@ def pair_stats(
     """
     scores = _scores(batch) if "scores" in needs else {}
     parts = _token_subsets(batch, needs)
-    theirs = {"logps": fixed} if fixed is not None and not needs & _NEED_REFERENCE else None
+    theirs = {"logps": fixed} if fixed is not None and not needs & UNKEPT else None
     if theirs is None and (with_reference or "kls" in needs):
         values, others = _both_values(model, batch, chunk, needs)
         theirs = _sums(others, batch, parts)
@@ -270,9 +270,6 @@ def _sums(
     for name, chosen in parts.items():
         sums[name] = sum_by_row(values["logps"] * chosen, rows, count)
     return sums
-
-
-_NEED_REFERENCE = {"kls", "first_logps", "sampled_logps"}
 
 
 def _token_subsets(batch: Batch | FlatBatch, needs: Set[str]) -> dict[str, Tensor]:

@@ -26,9 +26,10 @@ from lora_dpo.callbacks import (
     show_log_lines,
 )
 from lora_dpo.checkpoints import (
+    asked_checkpoint,
     check_facts,
+    check_first_rows,
     clear_unfinished,
-    latest_checkpoint,
     rotate,
     seal_checkpoint,
 )
@@ -50,7 +51,8 @@ from lora_dpo.policy import (
     write_reference,
 )
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
-from lora_dpo.starting import check_same_reference, start_lines
+from lora_dpo.reference_store import stored_rows
+from lora_dpo.starting import start_lines
 from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
@@ -69,7 +71,7 @@ from lora_dpo.stepping import (
     stop_unless_finite,
     tokenised,
 )
-from lora_dpo.store import MANIFEST, read_json, read_manifest, write_json
+from lora_dpo.store import MANIFEST, read_json, write_json
 
 logger = logging.getLogger("lora_dpo")
 
@@ -96,6 +98,8 @@ class PreferenceTrainer(Trainer):
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
+        reference_cache: folder of reference log-probs, which are taken from there; unknown ones are
+            computed in one pass and stored for every later run. None runs the reference in each step.
         facts: what a checkpoint must agree with to be resumed from (the config, say).
 
     Raises:
@@ -124,6 +128,7 @@ class PreferenceTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
+        reference_cache: str | Path | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
@@ -137,6 +142,7 @@ class PreferenceTrainer(Trainer):
         self.keep_checkpoints = args.save_total_limit
         self._clock, self._tokens = time.monotonic(), 0
         self._check_logps: list[float] = []
+        self._kept_lines: list[str] = []
         self.evaluated_at = -1
         train, held_out = (
             tokenised(data, tokenizer, max_length, bound.data) if data is not None else None
@@ -150,7 +156,7 @@ class PreferenceTrainer(Trainer):
         self.states = self.objective.initial_states()
         self._margins = RowMargins()
         policy = prepare_policy(policy, reference_is=reference_is)
-        self.moves.begin(policy, self.objective, train)
+        self.moves.begin(policy, self.objective, train, cached=reference_cache is not None)
         super().__init__(
             model=policy,
             args=one_batch_a_step(args, unwrap(policy)),
@@ -163,13 +169,17 @@ class PreferenceTrainer(Trainer):
         self.label_names = []
         replace_console(self)
         check_head(self.model)
-        probe = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
         longest = max(map(row_length, self.train_dataset))
         how: Any = {"chunk": chunk_tokens, "with_reference": self.objective.reference}
         how["recompute"] = recomputes(self.args)
-        self.engine = choose_engine(self.model, probe, longest, engine, **how)
+        self.engine = choose_engine(self.model, self._first_rows(), longest, engine, **how)
         if has_fast_layers(self.model):
             leave_checkpointing(self.args)
+        if reference_cache is not None:  # now that the layout is known, which its key holds
+            width = args.per_device_eval_batch_size if held_out else self.micro_batch
+            how = {"batch_size": width, "chunk": chunk_tokens}
+            kept = stored_rows(policy, bound, (train, held_out), reference_cache, **how)
+            self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
 
     # ---- one optimiser step ------------------------------------------------------------------
 
@@ -294,7 +304,8 @@ class PreferenceTrainer(Trainer):
         """Return sentences on engine, policy and reference, after proving that they agree."""
         stats = self._probe()
         scale = max(map(abs, self._check_logps), default=0.0)
-        return [self.engine, *start_lines(self.model, self.objective, self.states, stats, scale)]
+        lines = start_lines(self.model, self.objective, self.states, stats, scale)
+        return [self.engine, *self._kept_lines, *lines]
 
     @property
     def folder(self) -> Path:
@@ -308,17 +319,18 @@ class PreferenceTrainer(Trainer):
             return "none"
         return str(self.moves) or describe_reference(self.model)
 
+    def _first_rows(self) -> list[dict[str, Any]]:
+        return [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+
     def _probe(self) -> AnyStats:
-        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
-        model = self.model
-        was_training = model.training
-        model.eval()
+        rows, was_training = self._first_rows(), self.model.training
+        self.model.eval()
         with torch.no_grad(), torch.random.fork_rng():
-            stats = self._stats(model, [without_known_reference(row) for row in rows])
-        model.train(was_training)
+            stats = self._stats(self.model, [without_known_reference(row) for row in rows])
+        self.model.train(was_training)
         if stats.has_reference:
             self._check_logps = reference_logps(stats).tolist()
-            check_known_reference(rows, reference_logps(stats))
+            self._kept_lines = check_known_reference(rows, reference_logps(stats))
         return stats
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -350,19 +362,13 @@ class PreferenceTrainer(Trainer):
         rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
 
     def _check_resume(self, asked: str | bool) -> str:
-        if asked is True:
-            folder, facts, damaged = latest_checkpoint(self.folder)
-            for problem in damaged:
-                logger.warning("left alone: %s", problem)
-        else:
-            folder = Path(str(asked))
-            facts = read_manifest(folder)
+        folder, facts = asked_checkpoint(self.folder, asked)
         check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
         state = read_json(folder / STATE)
         if self.moves:
             read_reference(self.model, folder)
         self._probe()
-        check_same_reference(folder, state["reference_logps"], self._check_logps)
+        check_first_rows(folder, state["reference_logps"], self._check_logps)
         self.window, self.states = Window.of(state["window"]), state["objective"]
         logger.info("resuming from %s", folder)
         return str(folder)

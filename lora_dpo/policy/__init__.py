@@ -13,6 +13,7 @@ from lora_dpo.policy.adapters import (
 )
 from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
 from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
+from lora_dpo.policy.identity import reference_identity
 from lora_dpo.policy.moving import (
     MOVING_FILE,
     UPDATES,
@@ -61,6 +62,7 @@ __all__ = [
     "prepare_policy",
     "read_reference",
     "reference",
+    "reference_identity",
     "save_adapter",
     "shaken",
     "snapshot_reference",
