@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_dpo.exporting import export_adapter, export_merged
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
+    from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
     from lora_dpo.reference_store import stored_reference_logps
@@ -54,6 +55,7 @@ _HOME = {
     "load_preferences": "data",
     "objectives": "objectives",
     "pair_stats": "forward",
+    "plan": "planning",
     "reference": "policy",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
@@ -84,6 +86,7 @@ __all__ = [
     "load_preferences",
     "objectives",
     "pair_stats",
+    "plan",
     "reference",
     "stored_reference_logps",
     "tokenise",

@@ -18,6 +18,8 @@ logger = logging.getLogger("lora_dpo")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
+STATE = "lora_dpo_state.json"
+
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the finished checkpoints of a run, oldest first (by step, not by date)."""

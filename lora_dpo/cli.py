@@ -21,6 +21,9 @@ import typer
 # as anything else runs beside it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+# Likewise: rows of all lengths leave holes in memory that is cut into fixed pieces.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 app = typer.Typer(
     add_completion=False,
@@ -51,6 +54,29 @@ def train(
         from lora_dpo.run import train as run_training
 
         run_training(checked, resume=resume)
+
+
+@app.command(epilog="Example: lora-dpo plan configs/mistral-7b-dpo.yaml --gpu rtx3060")
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for train.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="A card or its memory, as rtx4090 or 12GiB; else this one's.")
+    ] = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether a run fits a card, before any weight loads: bytes by part, time, remedies."""
+    with _user_errors():
+        from lora_dpo.config import Config
+
+        checked = Config.load(config, set_ or [])
+        _quiet_libraries()
+        import json
+
+        from lora_dpo.planning import plan as make_plan
+
+        found = make_plan(checked, gpu=gpu)
+        print(json.dumps(found.to_dict(), indent=2) if json_ else found)
 
 
 @app.command(name="eval")

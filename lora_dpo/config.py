@@ -57,6 +57,7 @@ class ModelConfig(Section):
     attention: str = "auto"
     adapter: str | None = None
     trust_remote_code: bool = False
+    embeddings_on_cpu: bool = False
 
 
 class LoraConfig(Section):
@@ -129,6 +130,7 @@ class TrainConfig(OpenSection):
     chunk_tokens: int = Field(256, ge=1)
     engine: Literal["auto", "fast", "plain"] = "auto"
     max_tokens_per_batch: int | None = Field(None, ge=1)
+    memory_budget_gib: float | None = Field(None, gt=0)
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"
     reference_update_steps: int = Field(512, ge=1)
     reference_update_weight: float = Field(0.6, gt=0, le=1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_dpo.data import collate_labelled, collate_pairs, flat_labelled, flat_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.forward import both_logps, completion_logps
-from lora_dpo.heads import causal_lm
+from lora_dpo.heads import causal_lm, home_device
 from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
 from lora_dpo.policy import shaken, unwrap
 
@@ -73,7 +73,7 @@ def choose_engine(
     _take(model, _Way(flat=False, layers=False))
     if engine == "plain":
         return "engine: plain, padded rows (train.engine: plain)"
-    reason = _obstacle(model, longest)
+    reason = obstacle(model, longest)
     ways = [_Way(False, True), _Way(False, True, False)]
     if not reason:
         ways = [_Way(True, True), _Way(True, True, False), _Way(True, False), *ways]
@@ -86,7 +86,8 @@ def choose_engine(
             continue
         found = proof.disagreement(flat=way.flat)
         if not found:
-            _recompute(model, recompute)
+            count = len(decoder_layers(causal_lm(model))) if recompute else 0
+            recompute_layers(model, count)
             layers = f"; {taken}" if taken else ""
             layout = _FLAT if way.flat else f"padded rows ({reason})"
             return f"engine: fast, {layout}{layers} (proven on two rows)"
@@ -126,15 +127,15 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
     return taken
 
 
-def _recompute(model: nn.Module, recompute: bool) -> None:
-    """Let all layers keep their input alone, or none."""
+def recompute_layers(model: nn.Module, count: int, keeps_weights: bool = True) -> None:
+    """Let so many layers, the first ones, keep their input alone until backward."""
     work = work_of(causal_lm(model))
     if work is not None:
-        work.recomputed = len(decoder_layers(causal_lm(model))) if recompute else 0
+        work.recomputed, work.keeps_weights = count, keeps_weights
 
 
-def _obstacle(model: nn.Module, longest: int) -> str:
-    """Return what is known to be in the way, or nothing."""
+def obstacle(model: nn.Module, longest: int) -> str:
+    """Return what is known to be in the way of the flat layout, or nothing."""
     causal = causal_lm(model)
     text = causal.config.get_text_config()
     attention = str(causal.config._attn_implementation)
@@ -200,7 +201,7 @@ class _Proof:
         was_training = self.model.training
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
-        device = next(self.model.parameters()).device
+        device = home_device(self.model)
         batch = lay_out(self.rows, flat=flat).to(device)
         try:
             with torch.enable_grad(), torch.random.fork_rng(), shaken(self.model):

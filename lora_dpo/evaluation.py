@@ -18,6 +18,7 @@ from torch import nn
 from lora_dpo.data import Tokenised
 from lora_dpo.engine import collate
 from lora_dpo.forward import labelled_stats, pair_stats
+from lora_dpo.heads import home_device
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
@@ -105,7 +106,7 @@ def collect_stats(
     chunk: int = CHUNK_TOKENS,
 ) -> AnyStats:
     """Return the statistics that ``objective`` reads, of all rows in their order, on the CPU."""
-    device = next(policy.parameters()).device
+    device = home_device(policy)
     order = sorted(range(len(data)), key=lambda i: row_length(data.rows[i]))
     parts: list[AnyStats] = []
     was_training = policy.training

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dpo.errors import ModelError
-from lora_dpo.heads import compute_context
+from lora_dpo.heads import compute_context, home_device
 from lora_dpo.policy import reference, unwrap
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -173,7 +173,7 @@ def _generate(
     model: nn.Module, rows: list[list[int]], pad_id: int, max_new_tokens: int, temperature: float
 ) -> Tensor:
     longest = max(map(len, rows))
-    device = next(model.parameters()).device
+    device = home_device(model)
     ids = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
     sampling: dict[str, Any] = (

@@ -25,13 +25,19 @@ def causal_lm(model: nn.Module) -> Any:
         model = inner
 
 
+def home_device(model: nn.Module) -> torch.device:
+    """Return where a model computes: where its head is; the embeddings may be elsewhere."""
+    device: torch.device = next(causal_lm(model).get_output_embeddings().parameters()).device
+    return device
+
+
 def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to the dtype of the base where that is 16 bits: the adapters stay float32."""
     embeddings = causal_lm(model).get_input_embeddings()
     weight = getattr(embeddings, "original_module", embeddings).weight  # not peft's float32 copy
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
-    return torch.autocast(weight.device.type, dtype=weight.dtype)
+    return torch.autocast(home_device(model).type, dtype=weight.dtype)
 
 
 def check_head(model: nn.Module) -> None:
@@ -44,7 +50,7 @@ def check_head(model: nn.Module) -> None:
     causal = causal_lm(model)
     embeddings = causal.get_input_embeddings()
     count = min(8, embeddings.num_embeddings - 1)
-    ids = torch.arange(count, device=embeddings.weight.device)[None]
+    ids = torch.arange(count, device=home_device(model))[None]
     was_training = model.training
     model.eval()
     with torch.no_grad(), compute_context(model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dpo.errors import ExportError
-from lora_dpo.heads import causal_lm, compute_context
+from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import default_device, unwrap
 
 GATE = 1e-4
@@ -102,7 +102,7 @@ def completion_logits(
         for start in range(0, len(chosen), width):
             rows = chosen[start : start + width]
             longest = max(len(p) + len(c) for p, c in rows)
-            ids = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.weight.device)
+            ids = torch.zeros(len(rows), longest, dtype=torch.long, device=home_device(model))
             mask = torch.zeros_like(ids)
             for i, (prompt, completion) in enumerate(rows):
                 length = len(prompt) + len(completion)
@@ -129,7 +129,7 @@ def _within(sequences: Sequence[Any], budget: int) -> list[tuple[list[int], list
 def greedy_tokens(model: nn.Module, sequences: Sequence[Any], tokens: int = 16) -> list[list[int]]:
     made = []
     target = unwrap(model) if not hasattr(model, "generate") else model
-    device = next(model.parameters()).device
+    device = home_device(model)
     for prompt, _ in list(sequences)[:4]:
         ids = torch.tensor([list(prompt)], device=device)
         with torch.no_grad(), compute_context(model):

@@ -18,6 +18,7 @@ from lora_dpo.data import Tokenised
 from lora_dpo.engine import collate
 from lora_dpo.errors import TrainingError
 from lora_dpo.forward import completion_logps
+from lora_dpo.heads import home_device
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.policy import reference
 
@@ -56,7 +57,7 @@ def reference_batches(
     Yields:
         The places of a batch, and its log-probs ``[rows, columns]``, float64, on the CPU.
     """
-    device = next(policy.parameters()).device
+    device = home_device(policy)
     columns = len(COLUMNS[data.kind])
     order = sorted(places, key=lambda i: sum(map(len, _token_lists(data.rows[i]))))
     for start in range(0, len(order), batch_size):

@@ -305,6 +305,7 @@ def _build_trainer(
         chunk_tokens=config.train.chunk_tokens,
         engine=config.train.engine,
         max_tokens_per_batch=config.train.max_tokens_per_batch,
+        memory_budget_gib=config.train.memory_budget_gib,
         reference_moves=reference_moves(config),
         reference_cache=reference_cache(config),
         facts=checkpoint_facts(config),

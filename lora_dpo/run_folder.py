@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lora_dpo import objectives
-from lora_dpo.checkpoints import list_checkpoints
+from lora_dpo.checkpoints import STATE, list_checkpoints
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, OutputError
@@ -38,7 +38,6 @@ from lora_dpo.policy import (
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.stepping import fitted
 from lora_dpo.store import read_json
-from lora_dpo.trainer import STATE
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,21 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     return args
 
 
+@dataclass(frozen=True)
+class Batches:
+    """How rows become steps: rows and, if set, tokens of a micro-batch; micro-batches of a step."""
+
+    micro_batch: int
+    accumulated: int = 1
+    max_tokens: int | None = None
+
+
+def batches_of(args: TrainingArguments, max_tokens: int | None) -> Batches:
+    """Return what the user's arguments say."""
+    rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return Batches(rows, times, max_tokens)
+
+
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # newer, older name
 
 

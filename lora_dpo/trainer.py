@@ -26,6 +26,7 @@ from lora_dpo.callbacks import (
     show_log_lines,
 )
 from lora_dpo.checkpoints import (
+    STATE,
     asked_checkpoint,
     check_facts,
     check_first_rows,
@@ -38,10 +39,11 @@ from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats
 from lora_dpo.heads import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
+from lora_dpo.memory import Memory
 from lora_dpo.metrics import Window, peak_gib, row_metrics
 from lora_dpo.moving_reference import NEVER, MovesCallback, ReferenceMoves
 from lora_dpo.objectives import BoundObjective
-from lora_dpo.passes import Passes
+from lora_dpo.passes import Passes, Step
 from lora_dpo.policy import (
     describe_reference,
     prepare_policy,
@@ -57,6 +59,7 @@ from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
     balanced,
+    batches_of,
     counted_tokens,
     fitted,
     keep_rows,
@@ -74,8 +77,6 @@ from lora_dpo.stepping import (
 from lora_dpo.store import MANIFEST, read_json, write_json
 
 logger = logging.getLogger("lora_dpo")
-
-STATE = "lora_dpo_state.json"
 
 
 class PreferenceTrainer(Trainer):
@@ -95,6 +96,8 @@ class PreferenceTrainer(Trainer):
         engine: ``auto``, ``fast`` or ``plain``, as in ``choose_engine``.
         max_tokens_per_batch: tokens of a micro-batch, in place of its rows: a step is split so that
             no micro-batch has more (a longer row has one to itself). No number depends on it.
+        memory_budget_gib: memory that training may take; as few layers are recomputed as fit. That of
+            the card if left out; on a CPU then all that ``args`` asks for.
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
@@ -125,6 +128,7 @@ class PreferenceTrainer(Trainer):
         chunk_tokens: int = CHUNK_TOKENS,
         engine: Engine = "auto",
         max_tokens_per_batch: int | None = None,
+        memory_budget_gib: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
@@ -138,12 +142,11 @@ class PreferenceTrainer(Trainer):
         self.moves = reference_moves
         self.window = Window()
         self.stop = StopCallback()
-        self.micro_batch, self.max_tokens = args.per_device_train_batch_size, max_tokens_per_batch
+        self._batches = batches_of(args, max_tokens_per_batch)
         self.keep_checkpoints = args.save_total_limit
-        self._clock, self._tokens = time.monotonic(), 0
+        self._clock, self._tokens, self.evaluated_at = time.monotonic(), 0, -1
         self._check_logps: list[float] = []
         self._kept_lines: list[str] = []
-        self.evaluated_at = -1
         train, held_out = (
             tokenised(data, tokenizer, max_length, bound.data) if data is not None else None
             for data in (train_data, eval_data)
@@ -170,9 +173,10 @@ class PreferenceTrainer(Trainer):
         replace_console(self)
         check_head(self.model)
         longest = max(map(row_length, self.train_dataset))
-        how: Any = {"chunk": chunk_tokens, "with_reference": self.objective.reference}
-        how["recompute"] = recomputes(self.args)
+        how: Any = {"chunk": chunk_tokens, "recompute": recomputes(self.args)}
+        how["with_reference"] = self.objective.reference
         self.engine = choose_engine(self.model, self._first_rows(), longest, engine, **how)
+        self.memory = self._memory(train.rows, args=args, budget_gib=memory_budget_gib, **how)
         if has_fast_layers(self.model):
             leave_checkpointing(self.args)
         if reference_cache is not None:  # now that the layout is known, which its key holds
@@ -180,6 +184,16 @@ class PreferenceTrainer(Trainer):
             how = {"batch_size": width, "chunk": chunk_tokens}
             kept = stored_rows(policy, bound, (train, held_out), reference_cache, **how)
             self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
+
+    def _memory(self, rows: Any, **settings: Any) -> Memory:
+        alone = self.accelerator.num_processes == 1
+        options: Any = {"device": self.args.device, "alone": alone, "settings": settings}
+        return Memory(self.model, rows, self._batches, **options)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro-batch; a shortage of memory makes it smaller."""
+        return self.memory.batches.micro_batch
 
     # ---- one optimiser step ------------------------------------------------------------------
 
@@ -194,15 +208,21 @@ class PreferenceTrainer(Trainer):
             self.accelerator, self.args.device, sum(map(counted_tokens, rows)), len(rows)
         )
         scale = self.accelerator.num_processes / count
-        passes = Passes(
-            self.objective,
-            self._stats,
-            self.accelerator.backward,
-            self.accelerator.no_sync,
-            self.micro_batch,
-            self.max_tokens,
-        )
-        step = passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
+        seen = self._tokens
+
+        def attempt() -> Step:
+            self._tokens = seen
+            passes = Passes(
+                self.objective,
+                self._stats,
+                self.accelerator.backward,
+                self.accelerator.no_sync,
+                self.memory.batches.micro_batch,
+                self.memory.batches.max_tokens,
+            )
+            return passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
+
+        step = self.memory.fitted(attempt, f"step {self.state.global_step + 1}")
         scaled = self.accelerator.scaler is not None
         stop_unless_finite(model, rows, step.losses, step=self.state.global_step + 1, scaled=scaled)
         self.states = self.objective.updated(self.states, step.stats)
@@ -282,6 +302,7 @@ class PreferenceTrainer(Trainer):
         else:
             for line in self.self_check():
                 logger.info(line)
+        self.memory.probe(self._stats)
         self._clock, self._tokens = time.monotonic(), 0
         self._margins.begin(step_of(resume_from_checkpoint))
         with self.stop.listening():
@@ -305,7 +326,7 @@ class PreferenceTrainer(Trainer):
         stats = self._probe()
         scale = max(map(abs, self._check_logps), default=0.0)
         lines = start_lines(self.model, self.objective, self.states, stats, scale)
-        return [self.engine, *self._kept_lines, *lines]
+        return [self.engine, *self.memory.lines(), *self._kept_lines, *lines]
 
     @property
     def folder(self) -> Path:

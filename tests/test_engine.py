@@ -206,8 +206,8 @@ def test_an_objective_without_a_reference_never_runs_one(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the reference ran")
 
-    for room in ("forward", "reference_cache"):
-        monkeypatch.setattr(f"lora_dpo.{room}.reference", never)
+    for name in ("forward.reference", "forward._fused_values", "reference_cache.reference"):
+        monkeypatch.setattr(f"lora_dpo.{name}", never)
     rows = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no, no"} for i in range(4)]
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to=[], use_cpu=True

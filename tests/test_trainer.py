@@ -20,6 +20,7 @@ from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import DataError, OutputError, TrainingError
 from lora_dpo.evaluation import evaluate_policy
 from lora_dpo.policy import load_policy
+from lora_dpo.stepping import Batches
 from lora_dpo.store import MANIFEST
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
@@ -85,7 +86,7 @@ def test_one_by_eight_equals_eight_by_one_along_a_trajectory(
         if accumulate == 1.5:  # micro-batches of 4 and 2
             arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = 6, 1
         trainer = PreferenceTrainer(_policy(tiny_model), args=arguments, train_data=rows)
-        trainer.micro_batch = micro
+        trainer.memory.batches = Batches(micro)
         trainer.train()
         trajectories.append((_weights(trainer.model), [e["loss"] for e in _logs(trainer)]))
     (weights, losses), *others = trajectories

@@ -15,7 +15,7 @@ from torch import nn
 from lora_dpo.data import Tokenised, collate_labelled
 from lora_dpo.forward import completion_logps
 from lora_dpo.generation import sample_ids
-from lora_dpo.heads import causal_lm, compute_context
+from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference
 
 Array = NDArray[np.float64]
@@ -53,7 +53,7 @@ def score(
     chunk: int,
 ) -> Scored:
     """Return log-probs of ``(prompt, answer)`` rows under policy and reference, without dropout."""
-    device = next(policy.parameters()).device
+    device = home_device(policy)
     found = np.zeros((2, len(rows)))
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
     was_training = policy.training
@@ -149,7 +149,7 @@ _SIDES = ("chosen", "rejected")
 
 def _mean_state(policy: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """Return the mean of the reference's last hidden states that predict an answer's tokens."""
-    device = next(policy.parameters()).device
+    device = home_device(policy)
     ids = torch.tensor([[*prompt, *answer]], device=device)
     with reference(policy), compute_context(policy):
         out = causal_lm(policy).base_model(  # without the head: no logits

@@ -1,1 +1,26 @@
 """Whether a run fits a card, before any weight is loaded: bytes by part, time, and what to change."""
+
+from lora_dpo.planning.asking import plan, plan_policy
+from lora_dpo.planning.cards import CARDS, Card, card_of, this_card
+from lora_dpo.planning.lengths import Lengths, largest_micro_batch
+from lora_dpo.planning.measuring import Bytes, Setting, measure
+from lora_dpo.planning.plans import Plan, Remedy, make_plan
+from lora_dpo.stepping import Batches
+
+__all__ = [
+    "CARDS",
+    "Batches",
+    "Bytes",
+    "Card",
+    "Lengths",
+    "Plan",
+    "Remedy",
+    "Setting",
+    "card_of",
+    "largest_micro_batch",
+    "make_plan",
+    "measure",
+    "plan",
+    "plan_policy",
+    "this_card",
+]

@@ -1,6 +1,6 @@
 """How many bytes a step takes: measured on fake tensors, with the very code that will run.
 
-A step is run on models of two and of four layers of the real width. Every part is affine in the number
+A step is run on models of two and of three layers of the real width. Every part is affine in the number
 of layers, so two depths give all of them; no weight is needed, only the architecture.
 """
 
@@ -25,7 +25,7 @@ from lora_dpo.layers import NAME, take, work_of
 from lora_dpo.planning.imagined import Ledger, imagined_policy, imagining, use_stand_ins
 
 Row = Mapping[str, Any]
-DEPTHS = (2, 4)
+DEPTHS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Setting:
         chunk: positions whose logits exist at one time.
         optimiser: bytes of the optimiser's state for each trained weight.
         embeddings_on_cpu: whether the input embeddings are elsewhere.
+        starts_from_adapter: whether a frozen adapter beside the trained one is the reference.
     """
 
     architecture: Any
@@ -61,6 +62,7 @@ class Setting:
     chunk: int = 256
     optimiser: float = 8.0
     embeddings_on_cpu: bool = False
+    starts_from_adapter: bool = False
 
     @property
     def layers(self) -> int:
@@ -77,6 +79,7 @@ class Found:
     head: int
     adapters: int
     trained: int  # weights that are trained, counted, not bytes
+    linears: int  # weights of linear layers beside the head, counted
     quantised: int
     kept: int  # what waits for backward at the end of the forward pass
     forward: int  # most beyond the static ones, in the forward pass
@@ -99,6 +102,7 @@ class Bytes:
         in_flight: most beyond what is kept while a recomputed layer runs backward.
         in_flight_kept: the same of a layer that is not recomputed.
         layers: how many there are.
+        linears, trained: weights of linear layers beside the head, and trained ones: counted.
     """
 
     quantised: int
@@ -116,6 +120,8 @@ class Bytes:
     in_flight: int
     in_flight_kept: int
     layers: int
+    linears: int
+    trained: int
 
     @property
     def static(self) -> int:
@@ -169,12 +175,13 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
     moved = again[small].embeddings if setting.embeddings_on_cpu else 0
     gradients = 4 * at_depth("trained") if accumulates else 0
     quantised, adapters = at_depth("quantised"), at_depth("adapters")
+    frozen = adapters if setting.starts_from_adapter else 0
     return Bytes(
         quantised=quantised,
         unquantised=at_depth("static") - quantised - adapters - moved,
         embeddings=again[small].embeddings - moved,
         head_weight=again[small].head,
-        adapters=adapters,
+        adapters=adapters + frozen,
         gradients=gradients,
         optimiser=int(setting.optimiser * at_depth("trained")),
         waiting=again[small].kept - small * recomputed,
@@ -185,6 +192,8 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
         in_flight=again[large].peak - again[large].kept,
         in_flight_kept=once[large].peak - once[large].kept,
         layers=setting.layers,
+        linears=at_depth("linears"),
+        trained=at_depth("trained"),
     )
 
 
@@ -194,7 +203,7 @@ def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) 
     with imagining(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy = imagined_policy(
-            _of_depth(setting.architecture, depth),
+            of_depth(setting.architecture, depth),
             setting.lora,
             dtype=setting.dtype,
             quantisation=setting.quantisation,
@@ -249,15 +258,22 @@ def _weights(policy: Any) -> dict[str, int]:
         "head": 0 if head.weight is embeddings.weight else _bytes(head),
         "adapters": sum(p.nbytes for p in trained),
         "trained": sum(p.numel() for p in trained),
+        "linears": sum(_of_linear(module) for module in policy.modules() if module is not head),
         "quantised": sum(_bytes(module) for module in packed),
     }
+
+
+def _of_linear(module: Any) -> int:
+    plain = isinstance(module, nn.Linear) and not module.weight.requires_grad
+    return module.in_features * module.out_features if plain else 0
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def _of_depth(architecture: Any, depth: int) -> Any:
+def of_depth(architecture: Any, depth: int) -> Any:
+    """Return a copy of a model's config with so many layers."""
     config = copy.deepcopy(architecture)
     text = config.get_text_config()
     text.num_hidden_layers = depth

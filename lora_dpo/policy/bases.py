@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,37 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
     if stored:
         _set_compute_dtype(base, dtype)
     base.requires_grad_(False)
+    if settings.embeddings_on_cpu:
+        keep_embeddings_on_cpu(base)
     return base
+
+
+def keep_embeddings_on_cpu(base: PreTrainedModel) -> None:
+    """Look token embeddings up in the memory of the CPU; the model's device gets the vectors.
+
+    Raises:
+        ModelError: the head is the same tensor, or the library would move it back.
+    """
+    embeddings: Any = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    if head is None or head.weight is embeddings.weight:
+        raise ModelError(
+            "model.embeddings_on_cpu: this model's embeddings are its head too, which computes on the "
+            "device; leave the setting out."
+        )
+    if not getattr(base, "is_quantized", False):
+        raise ModelError(
+            "model.embeddings_on_cpu: the trainer moves an unquantised model as a whole; leave the "
+            "setting out, or quantise the base."
+        )
+    device = head.weight.device
+    embeddings.to("cpu")
+    embeddings.forward = partial(_looked_up, embeddings, device)
+
+
+def _looked_up(embeddings: Any, device: torch.device, ids: torch.Tensor) -> torch.Tensor:
+    vectors: torch.Tensor = type(embeddings).forward(embeddings, ids.cpu())
+    return vectors.to(device, non_blocking=True)
 
 
 def _set_compute_dtype(base: nn.Module, dtype: torch.dtype) -> None:

@@ -41,7 +41,7 @@ def reference_identity(policy: nn.Module) -> dict[str, Any]:
         "config": fingerprint(_settings_of_model(base)),
         "reference": _adapter(model),
         "attention": str(base.config._attn_implementation),  # the engine's layout among them
-        "device": model.get_input_embeddings().weight.device.type,
+        "device": next(model.get_output_embeddings().parameters()).device.type,
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
 

@@ -1,0 +1,167 @@
+"""A plan from a config, before any weight is loaded, or from a policy that is about to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from lora_dpo.arguments import build_arguments
+from lora_dpo.config import Config
+from lora_dpo.engine import is_flat, obstacle
+from lora_dpo.errors import ModelError
+from lora_dpo.guards import check_context
+from lora_dpo.heads import causal_lm, home_device
+from lora_dpo.layers import work_of
+from lora_dpo.planning.cards import GIB, RESERVED, Card, card_of, this_card
+from lora_dpo.planning.imagined import imagined_policy, imagining
+from lora_dpo.planning.measuring import Setting, of_depth
+from lora_dpo.planning.plans import Plan, make_plan
+from lora_dpo.policy import (
+    REFERENCE,
+    check_base,
+    compute_dtype,
+    peft_config,
+    policy_adapter,
+    unwrap,
+)
+from lora_dpo.preparing import load_tokenizer, prepare_data
+from lora_dpo.run_folder import bound_objective
+from lora_dpo.stepping import Batches, batches_of, recomputes, row_length
+
+# Bytes of state for each trained weight, by what stands in the optimiser's name.
+_STATES = (("paged", 0.0), ("8bit", 2.0), ("adafactor", 0.1), ("sgd", 4.0), ("lion", 4.0))
+
+
+def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = None) -> Plan:
+    """Say whether a run fits a card, from its config, the tokenizer and the data alone.
+
+    Args:
+        config: a ``Config``, a nested mapping, or the path of a YAML file.
+        gpu: a known card or an amount of memory, as ``rtx4090`` or ``12GiB``; the card of this
+            machine if left out, and no limit where there is none.
+
+    Raises:
+        LoraDpoError: a setting, file or model that cannot be used.
+    """
+    if not isinstance(config, Config):
+        config = Config.load(config) if isinstance(config, (str, Path)) else Config.parse(config)
+    card = card_of(gpu) if gpu else this_card()
+    architecture = check_base(config.model)
+    check_context(config, architecture)
+    objective = bound_objective(config)
+    rows = list(prepare_data(config, load_tokenizer(config), objective.data).train.rows)
+    arguments = build_arguments(config.train.further, output_dir=config.output.dir, evaluates=False)
+    adapter = config.model.adapter
+    lora: Any = _stored_lora(adapter) if adapter else peft_config(config.lora)
+    setting = Setting(
+        architecture,
+        lora,
+        dtype=_dtype(config.model.compute_dtype, card, given=gpu is not None),
+        quantisation=config.model.quantisation,
+        double=config.model.double_quantisation,
+        with_reference=objective.reference and not config.train.cache_reference,
+        chunk=config.train.chunk_tokens,
+        optimiser=optimiser_bytes(arguments),
+        embeddings_on_cpu=config.model.embeddings_on_cpu,
+        starts_from_adapter=adapter is not None,
+    )
+    setting = _as_the_engine_would(setting, config.train.engine, max(map(row_length, rows)))
+    budget = config.train.memory_budget_gib
+    room, words = (card.room, card.name) if card else (None, "")
+    if budget is not None:
+        room, words = int(budget * GIB), "train.memory_budget_gib"
+    batches = batches_of(arguments, config.train.max_tokens_per_batch)
+    options: dict[str, Any] = {"recompute": recomputes(arguments), "card": card}
+    return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+
+
+def plan_policy(
+    policy: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    batches: Batches,
+    *,
+    args: Any,
+    chunk: int,
+    with_reference: bool,
+    recompute: bool,
+    budget_gib: float | None = None,
+) -> Plan | None:
+    """Plan the training of a policy as it stands; None where nothing limits its memory."""
+    device = home_device(policy)
+    card = this_card(device)
+    if budget_gib is not None:
+        room, words = int(budget_gib * GIB), "train.memory_budget_gib"
+    elif card is not None:
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        room, words = int(free - RESERVED / 2), card.name
+    else:
+        return None
+    model, causal = unwrap(policy), causal_lm(policy)
+    work = work_of(causal)
+    stored = getattr(causal.config, "quantization_config", None)
+    kinds = {type(module).__name__ for module in model.modules()}
+    kind = "nf4" if "Linear4bit" in kinds else "int8" if "Linear8bitLt" in kinds else "none"
+    embeddings = causal.get_input_embeddings().weight
+    lora: Any = model.peft_config[policy_adapter(model)]
+    setting = Setting(
+        causal.config,
+        lora,
+        dtype=causal.get_output_embeddings().weight.dtype,
+        quantisation=kind,
+        double=bool(getattr(stored, "bnb_4bit_use_double_quant", True)),
+        flat=is_flat(policy),
+        fast=work is not None,
+        skips_last=work is not None and work.skips_last,
+        with_reference=with_reference,
+        chunk=chunk,
+        optimiser=optimiser_bytes(args),
+        embeddings_on_cpu=embeddings.device.type != device.type,
+        starts_from_adapter=REFERENCE in model.peft_config,
+    )
+    options: dict[str, Any] = {"recompute": recompute, "card": card}
+    return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+
+
+def optimiser_bytes(args: Any) -> float:
+    """Return the bytes of an optimiser's state for each trained weight."""
+    name = str(getattr(args.optim, "value", args.optim)).lower()
+    return next((size for part, size in _STATES if part in name), 8.0)
+
+
+def _as_the_engine_would(setting: Setting, engine: str, longest: int) -> Setting:
+    """Say what ``choose_engine`` would take, as far as that is known without weights."""
+    if engine == "plain":
+        return replace(setting, flat=False, fast=False)
+    with imagining():
+        policy = imagined_policy(
+            of_depth(setting.architecture, 1),
+            setting.lora,
+            dtype=setting.dtype,
+            quantisation=setting.quantisation,
+            double=setting.double,
+        )
+        flat = not obstacle(policy, longest)
+        # a norm behind the MLP reads what it returns
+        read = any("post_feedforward" in name for name, _ in policy.named_modules())
+    return replace(setting, flat=flat, skips_last=not read)
+
+
+def _dtype(asked: str, card: Card | None, *, given: bool) -> torch.dtype:
+    if asked == "auto" and given and card is not None:
+        return torch.bfloat16 if card.bfloat16 else torch.float16
+    return compute_dtype(asked)
+
+
+def _stored_lora(adapter: str) -> Any:
+    try:
+        return peft.PeftConfig.from_pretrained(adapter)  # a LoraConfig, or refused at loading
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.adapter {adapter!r}: no adapter's config could be read ({error})."
+        ) from None
