@@ -13,13 +13,13 @@ PACKAGE = Path(lora_dpo.__file__).parent
 
 FLOORS = {
     "errors": -1,
-    "stats": 0, "store": 0,
+    "stats": 0, "store": 0, "showing": 1,
     "objectives": 1, "logprobs": 1, "metrics": 2, "describe": 2, "testing": 2,
     "config": 2, "arguments": 2,
     "data": 3, "policy": 3,
     "attention": 3, "forward": 4,
-    "callbacks": 5, "card": 5, "checkpoints": 5, "diagnostics": 5, "engine": 5,
-    "evaluation": 5, "exporting": 5, "generation": 5, "preparing": 5,
+    "callbacks": 5, "card": 5, "checkpoints": 5, "checkup": 5, "diagnostics": 5, "engine": 5,
+    "evaluation": 5, "exporting": 5, "generation": 5, "inspecting": 5, "preparing": 5,
     "guards": 5, "moving_reference": 5, "passes": 5, "proving": 5, "reference_cache": 5, "run_folder": 5,
     "stepping": 5, "trainer": 5, "run": 5,
     "cli": 6, "__init__": 6, "__main__": 6, "quickstart": 6,
@@ -28,6 +28,7 @@ HOMES = {
     "bitsandbytes": {"policy"},
     "peft": {"policy", "forward", "trainer", "stepping"},
     "typer": {"cli"},
+    "rich": {"showing", "inspecting", "checkup"},
 }
 
 
