@@ -265,7 +265,11 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except LoraDpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from lora_dpo.showing import visible
+
+        # a message may hold a piece of the data
+        lines = [visible(line) for line in str(error).split("\n")]
+        print("error: " + "\n".join(lines), file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ LEAKING = Failure(
     "the policy is trained on prompts that it is evaluated on, so held-out figures are too good",
     (
         "leave the rows out of one of the files",
-        "one file alone: it is split by prompt, never inside",
+        "give one file alone: it is split by prompt, so that none is on both sides",
     ),
 )
 UNLIKELY = Failure(
@@ -53,7 +53,9 @@ def empty_rows(counts: Sequence[Count]) -> Finding:
     """Whether there are rows without a prompt or without an answer."""
     found = sum(count.count for count in counts)
     rows = [where for count in counts for where, _ in count.examples]
-    return EMPTY(found > 0, f"{found} rows have no prompt or no answer", {"rows": found}, rows[:5])
+    return EMPTY(
+        found > 0, f"rows without a prompt or an answer: {found}", {"rows": found}, rows[:5]
+    )
 
 
 def leaking_rows(leaks: Count | None, rows: int) -> Finding:

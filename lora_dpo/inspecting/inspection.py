@@ -92,7 +92,7 @@ class Inspection(Displayed):
         """Return what laying rows flat saves, for people."""
         work = self.work
         return (
-            f"work: {work.padded} tokens padded (a row a micro-batch), {work.flat} laid flat: "
+            f"{work.padded} tokens padded (a row a micro-batch), {work.flat} laid flat: "
             f"{work.saved:.1%} saved; {work.saved_by_sharing:.1%} by what both answers share, "
             "prompts above all"
         )

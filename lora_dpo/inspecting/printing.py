@@ -42,7 +42,7 @@ def printed(found: Inspection) -> list[RenderableType]:
         Text("\nlengths", style="bold"),
         *map(said, found.lengths.lines()),
         *_histogram(found),
-        said(found.work_in_words()),
+        hanging(f"work: {found.work_in_words()}", 6),
         Text("\nadvice", style="bold"),
         *_findings(found),
         said(found.verdict(), "bold"),

@@ -7,7 +7,7 @@ import unicodedata
 # Control characters, formatting ones (bidirectional, zero-width, tags), halves of characters, and
 # Unicode's own line and paragraph ends.
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x1b": "␛"}
+_NAMED = {"\n": "↵", "\t": "⇥", "\r": "⟨CR⟩", "\x1b": "⟨ESC⟩"}
 
 
 def visible(text: str, *, keep_lines: bool = False) -> str:
