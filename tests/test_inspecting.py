@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from lora_dpo import inspect_preferences, load_preferences, tokenise
 from lora_dpo.diagnostics import Effort
@@ -127,6 +133,28 @@ def test_the_coloured_boundary_is_that_of_the_tokens_that_are_trained(
         assert "".join(spans) == visible(text)
 
 
+def test_a_space_before_an_answer_is_shown_where_the_tokenizer_alone_would_drop_it(
+    tmp_path: Path,
+) -> None:
+    """As Llama's: the decoder strips the first space, of a whole text or of an answer by itself."""
+    alphabet = sorted(set("▁Why?yesnoté"))
+    vocabulary = {t: i for i, t in enumerate(["<s>", "</s>", "<unk>", *alphabet])}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = _write(tmp_path / "r.jsonl", [{"prompt": "Why?", "chosen": " yes", "rejected": " no"}])
+    row = inspect_preferences(data, tmp_path / "model", readiness=False).rows[0]
+    answer = row.answers["chosen"]
+    assert tokenizer.decode([token.id for token in answer]) == "yes</s>"
+    assert [token.text for token in answer] == [" ", "y", "e", "s", "</s>"]
+
+
 def test_begin_end_and_end_of_turn_are_marked(quickstart_model: Path, tmp_path: Path) -> None:
     chat = _write(tmp_path / "chat.jsonl", [_chat("Hi.", "Yes.", "No.")])
     row = inspect_preferences(chat, quickstart_model, readiness=False, max_length=256).rows[0]
@@ -224,10 +252,10 @@ def test_lengths_and_saved_work_are_those_worked_out_by_hand(
         "rejected": (0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
     }
     assert found.work.padded == 2 * (2 + 5) + 2 * (6 + 3) + 2 * (3 + 23)
-    assert found.work.apart == (2 * 2 + 5 + 3) + (2 * 6 + 2 + 3) + (2 * 3 + 23 + 2)
+    assert found.work.apart == (2 + 4 + 2 + 2) + (6 + 1 + 6 + 2) + (3 + 22 + 3 + 1)
     assert found.work.flat == (2 + 1 + 3 + 1) + (6 + 1 + 2) + (3 + 22 + 1)
     assert found.work.saved == 1 - 42 / 84 and "50.0% saved" in str(found)
-    assert found.work.saved_by_sharing == 1 - 42 / 60
+    assert found.work.saved_by_sharing == 1 - 42 / 54
     assert found["length bias"].measured["wanted_is_longer_share"] == pytest.approx(2 / 3)
     assert found["length bias"].measured["wanted_minus_unwanted_tokens"] == pytest.approx(22 / 3)
 
@@ -266,19 +294,25 @@ def test_readiness_is_what_transformers_computes_on_the_same_rows(quickstart_mod
 def test_a_base_that_knows_neither_text_nor_end_is_sent_to_sft_orpo_or_another_template(
     tiny_model: Path, quickstart_model: Path, tmp_path: Path
 ) -> None:
+    readiness = ("unlikely answers", "answers without an end")
     data = _write(tmp_path / "rows.jsonl", FORMATS["plain"])
     found = inspect_preferences(data, tiny_model, max_length=128)
     assert found.ready is False and "not ready" in str(found)
-    for name in ("unlikely answers", "answers without an end"):
-        advice = " ".join(found[name].remedies)
-        assert found[name].found and all(w in advice for w in ("sft", "orpo", "template"))
+    for name in readiness:
+        assert found[name].found
+        assert [[w in r for r in found[name].remedies] for w in ("sft", "orpo")] == [
+            [True, False], [False, True],
+        ]  # fmt: skip
     texts = inspect_preferences(data, quickstart_model, max_length=128)
-    assert texts.ready is False
-    assert "give messages" in texts["unlikely answers"].remedies[0]
-    chat = inspect_preferences(
+    assert texts.ready is False and "give messages" in texts["unlikely answers"].remedies[0]
+    odd = _write(tmp_path / "odd.jsonl", [_chat("zq", "xk zv qj wx", "vv")])
+    chat = inspect_preferences(odd, quickstart_model, max_length=256)
+    assert chat.ready is False
+    assert "data.chat_template" in chat["unlikely answers"].remedies[-1]
+    known = inspect_preferences(
         quickstart_model.parent / "data" / "heldout.jsonl", quickstart_model, max_length=256
     )
-    assert chat.ready is True and "ready, preference tuning can start" in str(chat)
+    assert known.ready is True and "ready, preference tuning can start" in str(known)
 
 
 def test_without_readiness_a_tokenizer_is_enough(quickstart_model: Path, tmp_path: Path) -> None:

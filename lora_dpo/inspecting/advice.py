@@ -31,7 +31,6 @@ UNLIKELY = Failure(
     (
         "objective sft on the chosen side first, then start from that adapter (model.adapter)",
         "objective orpo, which learns to write the chosen side meanwhile and needs no reference",
-        "another template (data.chat_template), if this base was tuned on one",
     ),
 )
 ENDLESS = Failure(
@@ -41,12 +40,17 @@ ENDLESS = Failure(
     (
         "objective sft on the chosen side first, then start from that adapter (model.adapter)",
         "objective orpo, or objective.nll_weight (0.1 to 1), which teach the end token meanwhile",
-        "another template (data.chat_template): this one ends a turn as the base does not",
     ),
 )
-_TEXTS_FOR_A_CHAT_MODEL = (
-    "give messages: the tokenizer has a chat template, and these rows are plain texts"
-)
+# What may be wrong with how rows are written for the model, before anything is trained.
+FORMS = {
+    "chat": "another template (data.chat_template), if the base was tuned on one that this is not",
+    "texts for a chat model": (
+        "give messages: the tokenizer has a chat template, and these rows are plain texts, to which "
+        "no template is applied"
+    ),
+    "texts": "",
+}
 
 
 def empty_rows(counts: Sequence[Count]) -> Finding:
@@ -67,13 +71,13 @@ def leaking_rows(leaks: Count | None, rows: int) -> Finding:
     return LEAKING(leaks.count > 0, what, {"rows": leaks.count}, places)
 
 
-def unlikely_answers(found: Readiness | None, reason: str, *, plain: bool) -> Finding:
+def unlikely_answers(found: Readiness | None, reason: str, *, form: str) -> Finding:
     """Whether wanted answers are unlikely under the base: below -3 nats a token.
 
     Args:
         found: what was measured.
         reason: why nothing was, where it was not.
-        plain: whether the rows are texts although the tokenizer has a chat template.
+        form: of the rows, one of ``FORMS``.
     """
     if found is None:
         return UNLIKELY.not_measured(reason)
@@ -83,12 +87,10 @@ def unlikely_answers(found: Readiness | None, reason: str, *, plain: bool) -> Fi
     if not math.isnan(found.unwanted_nats_a_token):
         what += f", of an unwanted one {found.unwanted_nats_a_token:.2f}"
         measured["unwanted_nats_a_token"] = found.unwanted_nats_a_token
-    return _with_messages(UNLIKELY, plain)(
-        nats < UNLIKELY_BELOW, f"{what}; {found.rows} rows", measured
-    )
+    return _with_form(UNLIKELY, form)(nats < UNLIKELY_BELOW, f"{what}; {found.rows} rows", measured)
 
 
-def endless_answers(found: Readiness | None, reason: str, *, plain: bool) -> Finding:
+def endless_answers(found: Readiness | None, reason: str, *, form: str) -> Finding:
     """Whether the base hardly ends wanted answers: probability of the end token below 0.1.
 
     Arguments as in ``unlikely_answers``.
@@ -103,10 +105,11 @@ def endless_answers(found: Readiness | None, reason: str, *, plain: bool) -> Fin
     )
     low = found.end_probability < ENDS_ABOVE
     measured = {"end_probability": found.end_probability}
-    return _with_messages(ENDLESS, plain)(low, what, measured)
+    return _with_form(ENDLESS, form)(low, what, measured)
 
 
-def _with_messages(failure: Failure, plain: bool) -> Failure:
-    if not plain:
-        return failure
-    return Failure(failure.name, failure.why, (_TEXTS_FOR_A_CHAT_MODEL, *failure.remedies))
+def _with_form(failure: Failure, form: str) -> Failure:
+    remedies = (
+        (*failure.remedies, FORMS[form]) if form == "chat" else (FORMS[form], *failure.remedies)
+    )
+    return Failure(failure.name, failure.why, tuple(filter(None, remedies)))

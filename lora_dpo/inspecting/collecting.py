@@ -114,14 +114,15 @@ def _findings(
     measured: Readiness | None,
     has_template: bool,
 ) -> tuple[Finding, ...]:
-    plain = has_template and not preferences.rows[0].is_chat
+    texts = "texts for a chat model" if has_template else "texts"
+    form = "chat" if preferences.rows[0].is_chat else texts
     why_not = "the base's weights were not loaded, as asked"
     return (
         advice.empty_rows([count for count in counts if count.name.startswith("dropped: empty")]),
         advice.leaking_rows(leaks, len(preferences)),
         _length_bias(tokens),
-        advice.unlikely_answers(measured, why_not, plain=plain),
-        advice.endless_answers(measured, why_not, plain=plain),
+        advice.unlikely_answers(measured, why_not, form=form),
+        advice.endless_answers(measured, why_not, form=form),
     )
 
 

@@ -91,11 +91,13 @@ class Inspection(Displayed):
     def work_in_words(self) -> str:
         """Return what laying rows flat saves, for people."""
         work = self.work
-        return (
+        whole = (
             f"{work.padded} tokens padded (a row a micro-batch), {work.flat} laid flat: "
-            f"{work.saved:.1%} saved; {work.saved_by_sharing:.1%} by what both answers share, "
-            "prompts above all"
+            f"{work.saved:.1%} saved"
         )
+        if self.kind == "unpaired":
+            return whole
+        return f"{whole}; {work.saved_by_sharing:.1%} by what both answers share, prompts above all"
 
     def verdict(self) -> str:
         """Return the base's readiness in one sentence."""

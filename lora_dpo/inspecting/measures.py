@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_dpo.data import DataReport, Preferences, Tokenised
+from lora_dpo.data import DataReport, Preferences, Tokenised, flat_tokens
 from lora_dpo.data.rows import IDENTICAL
-from lora_dpo.stepping import laid_tokens, row_length, row_tokens
+from lora_dpo.stepping import row_length
 
 MOST_BINS = 16
 MOST_LEAKS_SHOWN = 5
@@ -94,7 +94,7 @@ class Work:
 
     Args:
         padded: a row a micro-batch, each side padded to the longer one.
-        apart: each side with its own copy of the prompt, without padding.
+        apart: laid end to end, each side with its own copy of the prompt.
         flat: laid end to end, what the sides begin with once (``data.flat_tokens``).
     """
 
@@ -109,23 +109,28 @@ class Work:
 
     @property
     def saved_by_sharing(self) -> float:
-        """Share of the tokens without padding that shared beginnings save."""
+        """Share of the tokens laid end to end that shared beginnings save."""
         return 1 - self.flat / self.apart
 
 
 def lengths_of(data: Tokenised) -> dict[str, list[int]]:
     """Return the tokens of each part of every row."""
-    names = [name for name in data.rows.column_names if name.endswith("_ids")]
-    return {name.removesuffix("_ids"): list(map(len, data.rows[name][:])) for name in names}
+    table = data.rows.with_format("arrow")[:]  # as Python lists, large data would fill the memory
+    names = [name for name in table.column_names if name.endswith("_ids")]
+    return {
+        name.removesuffix("_ids"): table.column(name).combine_chunks().value_lengths().to_pylist()
+        for name in names
+    }
 
 
 def work_of(rows: Iterable[Mapping[str, Any]]) -> Work:
     """Add up the tokens of each layout."""
     padded = apart = flat = 0
     for row in rows:
-        padded += (2 if "chosen_ids" in row else 1) * row_length(row)
-        apart += row_tokens(row)
-        flat += laid_tokens(row)
+        sides = [row[key] for key in ("chosen_ids", "rejected_ids", "completion_ids") if key in row]
+        apart += sum(flat_tokens(row["prompt_ids"], [side]) for side in sides)
+        flat += flat_tokens(row["prompt_ids"], sides)
+        padded += len(sides) * row_length(row)
     return Work(padded, apart, flat)
 
 
