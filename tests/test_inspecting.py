@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -25,9 +26,9 @@ from transformers import (
 from lora_dpo import inspect_preferences, load_preferences, tokenise
 from lora_dpo.diagnostics import Effort
 from lora_dpo.errors import ConfigError, DataError, ModelError
-from lora_dpo.inspecting.printing import BETWEEN, SHADES, token_line
+from lora_dpo.inspecting.printing import BETWEEN, SHADES, TokenLine, token_line
 from lora_dpo.inspecting.tokens import Token
-from lora_dpo.showing import visible
+from lora_dpo.showing import console_for, visible
 
 HOSTILE = "<script>alert(1)</script> [red]x[/red] \x1b[31m \u202e :smile: {{ 7*7 }} <b>&amp;"
 
@@ -126,7 +127,7 @@ def test_the_coloured_boundary_is_that_of_the_tokens_that_are_trained(
         assert "".join(token.text for token in tokens) == text
         assert colour == {"completion": "chosen"}.get(part, part)
         assert "".join(texts) == visible(text, keep_lines=True)
-        line = token_line(tokens, part, ids=True)
+        line = token_line(tokens, part, ids=True, bars=False)
         spans = [
             line.plain[s.start : s.end] for s in line.spans if str(s.style).startswith(SHADES[part])
         ]
@@ -173,9 +174,15 @@ def test_begin_end_and_end_of_turn_are_marked(quickstart_model: Path, tmp_path: 
 
 def test_without_colours_a_bar_stands_between_tokens_and_ids_stand_on_demand() -> None:
     tokens = [Token(5, "a b"), Token(6, "c"), Token(2, "</s>", ("EOS",))]
-    assert token_line(tokens, "chosen", ids=False).plain == "a b|c|</s>[EOS]"
-    assert token_line(tokens, "chosen", ids=True).plain == "a b(5)|c(6)|</s>[EOS](2)"
-    long = token_line([Token(i, "x") for i in range(1000)], "prompt", ids=False).plain
+    assert token_line(tokens, "chosen", ids=False, bars=True).plain == "a b|c|</s>[EOS]"
+    assert token_line(tokens, "chosen", ids=True, bars=True).plain == "a b(5)|c(6)|</s>[EOS](2)"
+    stream = io.StringIO()
+    console_for(stream, color_system="standard", force_terminal=True).print(
+        TokenLine(tokens, "chosen", ids=False)
+    )
+    green, bright = "\x1b[32m", "\x1b[92m"
+    assert f"{green}a b\x1b[0m{bright}c\x1b[0m" in stream.getvalue()
+    long = token_line([Token(i, "x") for i in range(1000)], "prompt", ids=False, bars=True).plain
     assert " ... 850 tokens ... " in long and long.count("x") == 150 and BETWEEN == "|"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -50,11 +51,22 @@ def printed(found: Inspection) -> list[RenderableType]:
     return parts
 
 
-def token_line(tokens: Sequence[Token], part: str, *, ids: bool) -> Text:
-    """Return the tokens of one part of a row, each in its own shade.
+@dataclass(frozen=True)
+class TokenLine:
+    """One part of a row; where the terminal has no colours, a bar stands between tokens."""
 
-    Without colours a bar stands between tokens; a marked token has its mark behind it.
-    """
+    tokens: Sequence[Token]
+    part: str
+    ids: bool
+
+    def __rich_console__(self, console: Console, _: ConsoleOptions) -> RenderResult:
+        bars = console.color_system is None or console.no_color
+        head = Text().append(f"{self.part} ({len(self.tokens)} tokens): ", style="bold")
+        yield head + token_line(self.tokens, self.part, ids=self.ids, bars=bars)
+
+
+def token_line(tokens: Sequence[Token], part: str, *, ids: bool, bars: bool) -> Text:
+    """Return the tokens of one part of a row, each in its own shade, marks behind the marked ones."""
     line = Text()
     hidden = len(tokens) - _FIRST - _LAST
     for i, token in enumerate(tokens):
@@ -62,7 +74,7 @@ def token_line(tokens: Sequence[Token], part: str, *, ids: bool) -> Text:
             if i == _FIRST:
                 line.append(f" ... {hidden} tokens ... ", style="dim")
             continue
-        if i:
+        if i and bars:
             line.append(BETWEEN, style="dim")
         style = SHADES[part][i % 2]
         line.append(visible(token.text), style=f"{style} {MARKED}" if token.marks else style)
@@ -88,13 +100,12 @@ def _counts(counts: Sequence[Count]) -> Iterator[RenderableType]:
             yield hanging(f"{'':9}{where}: {detail}" if detail else f"{'':9}{where}", 9, "dim")
 
 
-def _row(row: ShownRow, *, ids: bool) -> Iterator[Text]:
+def _row(row: ShownRow, *, ids: bool) -> Iterator[RenderableType]:
     label = "" if row.label is None else f", {'wanted' if row.label else 'unwanted'}"
     yield Text()
     yield said(f"{row.origin}{label}", "bold")
     for part, tokens in (("prompt", row.prompt), *row.answers.items()):
-        head = Text(f"{part} ({len(tokens)} tokens): ", style="bold")
-        yield head + token_line(tokens, part, ids=ids)
+        yield TokenLine(tokens, part, ids)
     if row.begins_alike:
         yield Text(f"both answers begin with the same {row.begins_alike} tokens", style="dim")
 
