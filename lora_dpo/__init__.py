@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
+    from lora_dpo.reference_store import stored_reference_logps
     from lora_dpo.run import (
         diagnose,
         diagnose_preferences,
@@ -58,6 +59,7 @@ _HOME = {
     "objectives": "objectives",
     "pair_stats": "forward",
     "reference": "policy",
+    "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
     "with_reference_logps": "reference_cache",
@@ -89,6 +91,7 @@ __all__ = [
     "objectives",
     "pair_stats",
     "reference",
+    "stored_reference_logps",
     "tokenise",
     "train",
     "with_reference_logps",

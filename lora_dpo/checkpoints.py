@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_dpo.errors import OutputError, TrainingError
 from lora_dpo.store import MANIFEST, read_manifest, write_manifest
+
+logger = logging.getLogger("lora_dpo")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -82,3 +88,22 @@ def rotate(run: Path, *, keep: int | None, best: Path | None) -> None:
 def _step(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     return int(match.group(1)) if match and folder.is_dir() else -1
+
+
+def asked_checkpoint(run: Path, asked: str | bool) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint of a path, or for True the newest whole one of a run, with its facts."""
+    if asked is not True:
+        return Path(str(asked)), read_manifest(Path(str(asked)))
+    folder, facts, damaged = latest_checkpoint(run)
+    for problem in damaged:
+        logger.warning("left alone: %s", problem)
+    return folder, facts
+
+
+def check_first_rows(folder: Path, before: Sequence[float], now: Sequence[float]) -> None:
+    """Hold that the reference gives the first rows the log-probs that it gave when the run began."""
+    if len(before) != len(now) or not np.allclose(now, before, rtol=1e-3, atol=1e-2):
+        raise TrainingError(
+            f"{folder}: the reference or the data is not the one that this run began with (its "
+            "log-probs of the first rows differ). Resume with the same base, adapter and data."
+        )

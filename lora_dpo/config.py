@@ -126,12 +126,14 @@ class DataConfig(Section):
 class TrainConfig(OpenSection):
     """Any field of ``transformers.TrainingArguments``, and these of ours."""
 
-    chunk_tokens: int = Field(1024, ge=1)
+    chunk_tokens: int = Field(256, ge=1)
     engine: Literal["auto", "fast", "plain"] = "auto"
     max_tokens_per_batch: int | None = Field(None, ge=1)
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"
     reference_update_steps: int = Field(512, ge=1)
     reference_update_weight: float = Field(0.6, gt=0, le=1)
+    cache_reference: bool = False
+    reference_cache_dir: str | None = None
 
 
 class OutputConfig(Section):
@@ -175,6 +177,7 @@ class Config(Section):
             problems += _sentences(error)
         problems += _objective_problems(values.get("objective", {}))
         problems += _moving_problems(config)
+        problems += _cache_problems(config)
         problems += _train_problems(values.get("train", {}))
         defaults = LoraConfig()  # type: ignore[call-arg]
         if config is not None and config.model.adapter and config.lora != defaults:
@@ -210,6 +213,8 @@ class Config(Section):
             source["path"] = _absolute(source["path"])
         for key in ("chat_template", "cache_dir"):
             values["data"][key] = _absolute(values["data"][key])
+        if (store := self.train.reference_cache_dir) is not None:  # made by the first run
+            values["train"]["reference_cache_dir"] = str(Path(store).absolute())
         return Config.parse(values)
 
 
@@ -371,6 +376,29 @@ def _moving_problems(config: Config | None) -> list[str]:
     if train.reference_update == "hard" and "reference_update_weight" in given:
         return ["train.reference_update_weight: a hard update has no weight; leave it out."]
     return []
+
+
+def _cache_problems(config: Config | None) -> list[str]:
+    """Settings of stored reference log-probs where none are kept, or where none would be right."""
+    if config is None:
+        return []
+    train = config.train
+    if not train.cache_reference:
+        given = train.reference_cache_dir is not None
+        return ["train.reference_cache_dir: set, but train.cache_reference is false."] * given
+    from lora_dpo import objectives
+
+    problems = []
+    if train.reference_update != "none":
+        problems.append(
+            f"train.cache_reference: true, but the reference moves (train.reference_update is "
+            f"{train.reference_update}); leave one of the two out."
+        )
+    try:
+        reason = objectives.build(config.objective.to_dict()).needs_running_reference
+    except ConfigError:
+        reason = ""  # said where the objective is looked at
+    return problems + [f"train.cache_reference: true, but {reason}"] * bool(reason)
 
 
 def _train_problems(values: Any) -> list[str]:

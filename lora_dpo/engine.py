@@ -1,23 +1,26 @@
-"""Which layout a run computes on: rows end to end with shared beginnings, or padded rows.
+"""What a run computes on: the layout of its rows, and fast layers or the library's own.
 
-The flat layout is exact, and not every model can take it. What is known not to fit is told by its
-name; the rest is proven on a few rows before training, gradients included.
+Both are exact, and not every model can take them. What is known not to fit is told by its name; the
+rest is proven on a few rows before training, against padded rows and plain layers, gradients included.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lora_dpo.attention import NAME
 from lora_dpo.data import collate_labelled, collate_pairs, flat_labelled, flat_pairs
 from lora_dpo.errors import ConfigError
-from lora_dpo.forward import causal_lm, completion_logps
-from lora_dpo.policy import reference
+from lora_dpo.forward import both_logps, completion_logps
+from lora_dpo.heads import causal_lm
+from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
+from lora_dpo.policy import shaken, unwrap
 
 Engine = Literal["auto", "fast", "plain"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -29,9 +32,15 @@ def is_flat(model: nn.Module) -> bool:
     return str(causal_lm(model).config._attn_implementation) == NAME
 
 
+def has_fast_layers(model: nn.Module) -> bool:
+    """Whether layers of this model are ours, recomputation included."""
+    work = work_of(causal_lm(model))
+    return work is not None and bool(decoder_layers(causal_lm(model)))
+
+
 def collate(model: nn.Module, rows: Sequence[Row], *, pad_id: int = 0) -> Any:
     """Return rows as a batch of the layout that the model takes."""
-    return _batch(rows, flat=is_flat(model), pad_id=pad_id)
+    return lay_out(rows, flat=is_flat(model), pad_id=pad_id)
 
 
 def choose_engine(
@@ -42,32 +51,86 @@ def choose_engine(
     *,
     chunk: int,
     with_reference: bool = True,
+    recompute: bool = True,
 ) -> str:
-    """Put the model on the fastest layout that is right for it, and say in words which that is.
+    """Put the model on the fastest layout and layers that are right for it; say in words which.
 
     Args:
         model: the policy.
-        rows: two or more tokenised rows, to prove the layout on.
+        rows: two or more tokenised rows, to prove it on.
         longest: tokens of the longest sequence of the data.
-        engine: ``auto`` takes the flat layout where it can, ``fast`` insists, ``plain`` never does.
+        engine: ``auto`` takes of the engine what the model can; ``fast`` insists on rows laid end to
+            end; ``plain`` takes padded rows and the library's layers.
         chunk: positions whose logits exist at one time.
         with_reference: whether the reference is tried too; it never runs where nothing reads it.
+        recompute: whether the fast layers keep their input alone until backward.
 
     Raises:
         ConfigError: ``fast``, and this model cannot.
     """
     if engine not in ENGINES:
         raise ConfigError(f"train.engine: got {engine!r}; expected one of {ENGINES}.")
+    _take(model, _Way(flat=False, layers=False))
     if engine == "plain":
         return "engine: plain, padded rows (train.engine: plain)"
-    reason = _obstacle(model, longest) or _proof(model, rows, chunk, with_reference)
+    reason = _obstacle(model, longest)
+    ways = [_Way(False, True), _Way(False, True, False)]
     if not reason:
-        return "engine: fast, rows end to end without padding, prompts shared (proven on two rows)"
+        ways = [_Way(True, True), _Way(True, True, False), _Way(True, False), *ways]
+    proof = _Proof(model, rows, chunk, with_reference)
+    for way in ways:
+        if engine == "fast" and not way.flat:
+            break
+        taken = _take(model, way)
+        if not (way.flat or taken):
+            continue
+        found = proof.disagreement(flat=way.flat)
+        if not found:
+            _recompute(model, recompute)
+            layers = f"; {taken}" if taken else ""
+            layout = _FLAT if way.flat else f"padded rows ({reason})"
+            return f"engine: fast, {layout}{layers} (proven on two rows)"
+        reason = reason or found
+    _take(model, _Way(flat=False, layers=False))
     if engine == "fast":
         raise ConfigError(
             f"train.engine is fast, and this model cannot: {reason}. Use auto or plain."
         )
     return f"engine: plain, padded rows ({reason})"
+
+
+_FLAT = "rows end to end without padding, prompts shared"
+
+
+@dataclass(frozen=True)
+class _Way:
+    flat: bool
+    layers: bool
+    skips_last: bool = True
+
+
+def _take(model: nn.Module, way: _Way) -> Taken | None:
+    causal = causal_lm(model)
+    config = causal.config
+    if way.flat:
+        config._attn_implementation = NAME
+    elif config._attn_implementation == NAME:
+        config._attn_implementation = "sdpa"
+    if not way.layers:
+        release(causal)
+        return None
+    taken = take(unwrap(model), skips_last=way.skips_last)
+    work = work_of(causal)
+    assert work is not None
+    work.recomputed = (taken.layers + 1) // 2  # so that the proof sees both kinds
+    return taken
+
+
+def _recompute(model: nn.Module, recompute: bool) -> None:
+    """Let all layers keep their input alone, or none."""
+    work = work_of(causal_lm(model))
+    if work is not None:
+        work.recomputed = len(decoder_layers(causal_lm(model))) if recompute else 0
 
 
 def _obstacle(model: nn.Module, longest: int) -> str:
@@ -91,53 +154,72 @@ def _obstacle(model: nn.Module, longest: int) -> str:
     return ""
 
 
-def _proof(model: nn.Module, rows: Sequence[Row], chunk: int, with_reference: bool) -> str:
-    """Turn the flat layout on if it agrees with the plain one on these rows; else say why not."""
-    config = causal_lm(model).config
-    before = config._attn_implementation
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            options: dict[str, Any] = {"chunk": chunk, "with_reference": with_reference}
-            expected = _measure(model, rows, flat=False, **options)
-            config._attn_implementation = NAME
-            found = _measure(model, rows, flat=True, **options)
-        worst = max(
-            float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-            for ours, theirs in zip(found, expected, strict=True)
-        )
+class _Proof:
+    """Compares a way of computing with padded rows and plain layers, on a policy off its reference."""
+
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Row], chunk: int, with_reference: bool
+    ) -> None:
+        self.model, self.rows, self.chunk = model, rows, chunk
+        self.with_reference = with_reference
+        self._expected: list[Tensor] | None = None
         # what 16 bits round differs by layout; in float32 only the order of sums does
         half = causal_lm(model).get_input_embeddings().weight.dtype != torch.float32
-        reason = "" if worst <= (0.05 if half else 1e-3) else f"it differs by {worst:.2g} there"
-    except Exception as error:  # whatever a foreign model raises: the plain layout is right
-        reason = f"{type(error).__name__} there: {' '.join(str(error).split())[:120]}"
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
-    if reason:
-        config._attn_implementation = before
-    return reason
+        self.tolerance = 0.05 if half else 1e-3
+
+    def disagreement(self, *, flat: bool) -> str:
+        """Return how the model as it stands differs from the plain one, or nothing."""
+        try:
+            if self._expected is None:
+                self._expected = self._plain()
+            found = self._measured(flat=flat)
+        except torch.OutOfMemoryError:
+            raise  # the plain way needs no less
+        except Exception as error:  # whatever a foreign model raises: the plain way is right
+            return f"{type(error).__name__} there: {' '.join(str(error).split())[:120]}"
+        away = [
+            float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+            for ours, theirs in zip(found, self._expected, strict=True)
+        ]
+        bad = [value for value in away if not value <= self.tolerance]  # what is no number is bad
+        return f"it differs by {bad[0]:.2g} there" if bad else ""
+
+    def _plain(self) -> list[Tensor]:
+        causal = causal_lm(self.model)
+        flat, work = is_flat(self.model), work_of(causal)
+        if flat:
+            causal.config._attn_implementation = "sdpa"
+        with nullcontext() if work is None else work.turned(off=True):
+            found = self._measured(flat=False)
+        if flat:
+            causal.config._attn_implementation = NAME
+        return found
+
+    def _measured(self, *, flat: bool) -> list[Tensor]:
+        """Return log-probs of the policy, their gradient, and log-probs of the reference."""
+        was_training = self.model.training
+        self.model.eval()
+        self.model.zero_grad(set_to_none=True)
+        device = next(self.model.parameters()).device
+        batch = lay_out(self.rows, flat=flat).to(device)
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(), shaken(self.model):
+                theirs = []
+                if self.with_reference:
+                    ours, other = both_logps(self.model, batch, chunk=self.chunk)
+                    theirs = [other]
+                else:
+                    ours = completion_logps(self.model, batch, chunk=self.chunk)
+                (ours * torch.linspace(1.0, 2.0, len(ours), device=device)).sum().backward()
+            gradient = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+            return [ours.detach(), torch.cat(gradient), *theirs]
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            self.model.train(was_training)
 
 
-def _measure(
-    model: nn.Module, rows: Sequence[Row], *, flat: bool, chunk: int, with_reference: bool
-) -> list[Tensor]:
-    """Return the policy's log-probs, the adapters' gradient of them, and the reference's log-probs."""
-    model.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device
-    batch = _batch(rows, flat=flat, pad_id=0).to(device)
-    theirs = []
-    if with_reference:
-        with reference(model):
-            theirs = [completion_logps(model, batch, chunk=chunk)]
-    ours = completion_logps(model, batch, chunk=chunk)
-    (ours * torch.linspace(1.0, 2.0, len(ours), device=device)).sum().backward()
-    gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return [ours.detach(), torch.cat(gradient), *theirs]
-
-
-def _batch(rows: Sequence[Row], *, flat: bool, pad_id: int) -> Any:
+def lay_out(rows: Sequence[Row], *, flat: bool, pad_id: int = 0) -> Any:
+    """Return rows as a flat or a padded batch."""
     paired = "chosen_ids" in rows[0]
     if flat:
         return flat_pairs(rows) if paired else flat_labelled(rows)

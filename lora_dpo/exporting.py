@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
 from lora_dpo.errors import ExportError, OutputError
-from lora_dpo.forward import causal_lm
+from lora_dpo.heads import causal_lm
 from lora_dpo.policy import Merged, merged_tensors, save_adapter
 from lora_dpo.proving import (
     Proof,

@@ -8,18 +8,18 @@ a completion token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_dpo.attention import SEGMENTS
 from lora_dpo.data import FlatBatch
 from lora_dpo.errors import DataError, ModelError
+from lora_dpo.heads import causal_lm, compute_context, swapped_head
+from lora_dpo.layers import SEGMENTS, Work, work_of
 from lora_dpo.logprobs import (
     CHUNK_TOKENS,
     Fixed,
@@ -29,7 +29,7 @@ from lora_dpo.logprobs import (
     token_values,
 )
 from lora_dpo.policy import reference
-from lora_dpo.stats import LabelledStats, PairStats
+from lora_dpo.stats import UNKEPT, LabelledStats, PairStats
 
 
 class Batch(Protocol):
@@ -74,14 +74,12 @@ def pair_stats(
     """
     scores = _scores(batch) if "scores" in needs else {}
     parts = _token_subsets(batch, needs)
-    theirs, head_states = None, None
-    if fixed is not None and not needs & _NEED_REFERENCE:
-        theirs = {"logps": fixed}
-    elif with_reference or "kls" in needs:
-        with reference(model):
-            values, head_states = _completion_values(model, batch, chunk, keep="kls" in needs)
-        theirs = _sums(values, batch, parts)
-    values, _ = _completion_values(model, batch, chunk, wants=needs, fixed=head_states)
+    theirs = {"logps": fixed} if fixed is not None and not needs & UNKEPT else None
+    if theirs is None and (with_reference or "kls" in needs):
+        values, others = _both_values(model, batch, chunk, needs)
+        theirs = _sums(others, batch, parts)
+    else:
+        values, _ = _completion_values(model, batch, chunk, wants=needs)
     ours = _sums(values, batch, parts)
     found = {"chosen_lengths": completion_lengths(batch).chunk(2)[0]}
     found["rejected_lengths"] = completion_lengths(batch).chunk(2)[1]
@@ -105,18 +103,18 @@ def labelled_stats(
     """Return the statistics of a batch of single answers; arguments as in ``pair_stats``."""
     labels: Any = batch.label
     found = {"lengths": completion_lengths(batch), "labels": labels}
-    if fixed is not None:
-        found["reference_logps"] = fixed
-    elif with_reference:
-        with reference(model):
-            found["reference_logps"] = completion_logps(model, batch, chunk=chunk)
     if "mismatched" in needs:
         other: Any = batch.mismatched
         with reference(model):
             found["reference_mismatched_logps"] = completion_logps(model, other, chunk=chunk)
         with torch.no_grad():
             found["policy_mismatched_logps"] = completion_logps(model, other, chunk=chunk)
-    found["policy_logps"] = completion_logps(model, batch, chunk=chunk)
+    if with_reference and fixed is None:
+        found["policy_logps"], found["reference_logps"] = both_logps(model, batch, chunk=chunk)
+    else:
+        found["policy_logps"] = completion_logps(model, batch, chunk=chunk)
+        if fixed is not None:
+            found["reference_logps"] = fixed
     return LabelledStats(**found)
 
 
@@ -131,11 +129,57 @@ def completion_logps(
     return _sums(values, batch, {})["logps"]
 
 
+def both_logps(
+    model: nn.Module, batch: Batch | FlatBatch, *, chunk: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Return ``completion_logps`` of policy and reference, in one pass where the layers can."""
+    ours, theirs = _both_values(model, batch, chunk, frozenset())
+    return _sums(ours, batch, {})["logps"], _sums(theirs, batch, {})["logps"]
+
+
 def completion_token_logps(
     model: nn.Module, batch: Batch | FlatBatch, *, chunk: int = CHUNK_TOKENS
 ) -> Tensor:
     """Return the log-prob of every completion token, ``[tokens]``, row by row, nats, float32."""
     return _completion_values(model, batch, chunk)[0]["logps"]
+
+
+def _both_values(
+    model: nn.Module, batch: Batch | FlatBatch, chunk: int, wants: Set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the per-token values of policy and reference, in one pass where the layers can."""
+    work = work_of(causal_lm(model))
+    keeps = "kls" in wants
+    fusable = work is not None and work.fusable and not work.off
+    if work is not None and fusable and not keeps and torch.is_grad_enabled():
+        return _fused_values(model, work, batch, chunk, wants)
+    with reference(model):  # it runs first, while no graph takes memory
+        theirs, states = _completion_values(model, batch, chunk, keep=keeps)
+    ours, _ = _completion_values(model, batch, chunk, wants=wants, fixed=states)
+    return ours, theirs
+
+
+def _fused_values(
+    model: nn.Module, work: Work, batch: Batch | FlatBatch, chunk: int, wants: Set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run each layer for policy and reference, which come out as the two halves of the rows."""
+    places = _places(batch)
+    options: dict[str, Any] = {"chunk": chunk, "frozen_head": _head_is_frozen(model)}
+    found: list[dict[str, Tensor]] = []
+
+    def score(hidden: Tensor, head: Head) -> Tensor:
+        ours, theirs = hidden.chunk(2)
+        with torch.no_grad():
+            found.append(token_values(places.states(theirs), places.targets, head, **options))
+        found.append(
+            token_values(places.states(ours), places.targets, head, wants=wants, **options)
+        )
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    with work.turned(fused=True, reference_state=None):
+        _run(model, batch, score)
+    theirs, ours = found
+    return ours, theirs
 
 
 def _completion_values(
@@ -149,31 +193,37 @@ def _completion_values(
 ) -> tuple[dict[str, Tensor], Fixed | None]:
     """Return per-token values ``[tokens]`` and, if they are to be kept, the states behind them."""
     places = _places(batch)
+    options: dict[str, Any] = {"wants": wants, "fixed": fixed, "chunk": chunk}
+    options["frozen_head"] = _head_is_frozen(model)
     found: list[dict[str, Tensor]] = []
     kept: list[Fixed] = []
-    frozen = not any(p.requires_grad for p in causal_lm(model).get_output_embeddings().parameters())
 
     def score(hidden: Tensor, head: Head) -> Tensor:
         states = places.states(hidden)
-        found.append(
-            token_values(
-                states,
-                places.targets,
-                head,
-                chunk=chunk,
-                wants=wants,
-                fixed=fixed,
-                frozen_head=frozen,
-            )
-        )
+        found.append(token_values(states, places.targets, head, **options))
         if keep:
             _check_shared_head(model)
             kept.append(Fixed(states, head))
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
-    with _swapped_head(causal_lm(model), score), compute_context(model):
-        model(input_ids=batch.input_ids, use_cache=False, **_layout(model, batch))
+    _run(model, batch, score)
     return found[0], kept[0] if kept else None
+
+
+def _run(
+    model: nn.Module, batch: Batch | FlatBatch, score: Callable[[Tensor, Head], Tensor]
+) -> None:
+    """Run a batch through the model with ``score`` in place of its head."""
+    causal = causal_lm(model)
+    work = work_of(causal)
+    fast = nullcontext() if work is None else work.turned(running=not work.off)
+    with swapped_head(causal, score), compute_context(model), fast:
+        model(input_ids=batch.input_ids, use_cache=False, **_layout(model, batch))
+
+
+def _head_is_frozen(model: nn.Module) -> bool:
+    head = causal_lm(model).get_output_embeddings()
+    return not any(p.requires_grad for p in head.parameters())
 
 
 @dataclass(frozen=True)
@@ -189,7 +239,8 @@ def _places(batch: Batch | FlatBatch) -> _Places:
     if isinstance(batch, FlatBatch):
         flat = batch.places
         return _Places(batch.token_rows, batch.targets, lambda hidden: hidden[0, flat])
-    rows, columns = predicting_positions(batch.completion_mask)
+    known = getattr(batch, "predicted", None)  # of the batches of ours
+    rows, columns = predicting_positions(batch.completion_mask) if known is None else known
     targets = batch.input_ids[rows, columns + 1]
     return _Places(rows, targets, lambda hidden: hidden[rows, columns])
 
@@ -219,9 +270,6 @@ def _sums(
     for name, chosen in parts.items():
         sums[name] = sum_by_row(values["logps"] * chosen, rows, count)
     return sums
-
-
-_NEED_REFERENCE = {"kls", "first_logps", "sampled_logps"}
 
 
 def _token_subsets(batch: Batch | FlatBatch, needs: Set[str]) -> dict[str, Tensor]:
@@ -278,110 +326,6 @@ def completion_lengths(batch: Batch | FlatBatch) -> Tensor:
     if isinstance(batch, FlatBatch):
         return batch.lengths
     return batch.completion_mask[:, 1:].sum(dim=1)
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """Return the transformers model inside the wrappers of peft, accelerate and torch."""
-    while True:
-        if isinstance(model, PeftModel):
-            return model.get_base_model()
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
-    """Autocast to the dtype of the base where that is 16 bits: the adapters stay float32."""
-    embeddings = causal_lm(model).get_input_embeddings()
-    weight = getattr(embeddings, "original_module", embeddings).weight  # not peft's float32 copy
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return nullcontext()
-    return torch.autocast(weight.device.type, dtype=weight.dtype)
-
-
-def check_head(model: nn.Module) -> None:
-    """Prove on eight tokens that the swapped head is the model's own, and that no token looks ahead.
-
-    Raises:
-        ModelError: the model does something to its logits that we do not know, or is not causal, so
-            that every log-prob would be wrong.
-    """
-    causal = causal_lm(model)
-    embeddings = causal.get_input_embeddings()
-    count = min(8, embeddings.num_embeddings - 1)
-    ids = torch.arange(count, device=embeddings.weight.device)[None]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), compute_context(model):
-        ours, dense = _logits_by_own_head(model, ids), _dense_logits(model, ids)
-        ids[0, -1] += 1
-        ahead = _dense_logits(model, ids)
-    model.train(was_training)
-    scale = float(dense.abs().max()) + 1e-6
-    if not torch.allclose(ours, dense, rtol=1e-2, atol=1e-3 * scale):
-        raise ModelError(
-            f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "
-            f"(they differ by {(ours - dense).abs().max():.3g}); this model is not supported."
-        )
-    exact = not torch.is_autocast_enabled() and embeddings.weight.dtype == torch.float32
-    if not torch.allclose(
-        ahead[:, :-1], dense[:, :-1], rtol=0, atol=(1e-5 if exact else 1e-2) * scale
-    ):
-        raise ModelError(
-            f"{type(causal).__name__}: a token changes the logits before it, so this is no causal model."
-        )
-
-
-def _logits_by_own_head(model: nn.Module, ids: Tensor) -> Tensor:
-    found: list[Tensor] = []
-
-    def score(hidden: Tensor, head: Head) -> Tensor:
-        found.append(head(hidden).float())
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
-
-    with _swapped_head(causal_lm(model), score):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return found[0]
-
-
-def _dense_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-    ).logits
-    return logits.float()
-
-
-@contextmanager
-def _swapped_head(causal: Any, score: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
-    head = causal.get_output_embeddings()
-    transform = _logit_transform(causal.config.get_text_config())
-    patched_before = "forward" in vars(head)
-    original = head.forward
-
-    def own_head(states: Tensor) -> Tensor:
-        return transform(original(states))
-
-    head.forward = lambda hidden: score(hidden, own_head)
-    try:
-        yield
-    finally:
-        if patched_before:
-            head.forward = original
-        else:
-            del head.forward
-
-
-def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """What the model does to its logits behind the head; ``check_head`` proves it complete."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
-    if cap:
-        return lambda logits: torch.tanh(logits / cap) * cap
-    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    if factor == divisor == 1.0:
-        return lambda logits: logits
-    return lambda logits: logits * (factor / divisor)
 
 
 def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dpo.errors import ModelError
-from lora_dpo.forward import compute_context
+from lora_dpo.heads import compute_context
 from lora_dpo.policy import reference, unwrap
 
 Prompt = str | Sequence[Mapping[str, Any]]

@@ -19,6 +19,8 @@ _FREE_KEYS = {
     "train.save_steps",
     "train.save_total_limit",
     "train.run_name",
+    "train.cache_reference",
+    "train.reference_cache_dir",
     "data.cache_dir",
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 256
 
 Head = Callable[[Tensor], Tensor]
 

@@ -57,7 +57,14 @@ class ReferenceMoves:
         how = "" if self.update == "hard" else f", weight {self.weight:g}"
         return f"a copy that follows the policy ({self.update}{how}, every {self.steps} steps)"
 
-    def begin(self, policy: nn.Module, objective: BoundObjective, train: Tokenised) -> None:
+    def begin(
+        self,
+        policy: nn.Module,
+        objective: BoundObjective,
+        train: Tokenised,
+        *,
+        cached: bool = False,
+    ) -> None:
         """Give the policy a reference that can move.
 
         Raises:
@@ -70,7 +77,7 @@ class ReferenceMoves:
                 f"train.reference_update is {self.update!r}, and {objective.name} reads no reference; "
                 "leave it out."
             )
-        if has_known_reference(train):
+        if cached or has_known_reference(train):
             raise ConfigError(
                 f"train.reference_update is {self.update!r}, and the rows carry log-probs of a "
                 "reference that does not move; leave one of the two out."

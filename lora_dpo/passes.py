@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
+from lora_dpo.randomness import random_state, restore_random
 from lora_dpo.stats import AnyStats
 from lora_dpo.stepping import laid_tokens
 
@@ -105,9 +106,9 @@ class Passes:
         randomness, found = [], []
         with torch.no_grad():
             for part in parts:
-                randomness.append(_random_state())
+                randomness.append(random_state())
                 found.append(self.collect(model, part, False))
-        after = _random_state()
+        after = random_state()
         whole = _cat(found)
         leaves = whole.map(lambda name, v: v.clone().requires_grad_() if _moves(name) else v)
         with torch.enable_grad():
@@ -120,7 +121,7 @@ class Passes:
         for (part, syncing), before in zip(
             self._synchronised(model, parts), randomness, strict=True
         ):
-            _restore(before)  # the same dropout and draws as in the first pass
+            restore_random(before)  # the same dropout and draws as in the first pass
             with syncing:
                 values = self.collect(model, part, True).present()
                 here = slice(start, start + len(part))
@@ -128,7 +129,7 @@ class Passes:
                     torch.stack([(values[k] * g[here]).sum() for k, g in gradients.items()]).sum()
                 )
             start += len(part)
-        _restore(after)
+        restore_random(after)
         return Step(whole, losses.detach())
 
     def _synchronised(
@@ -145,14 +146,3 @@ def _moves(name: str) -> bool:
 
 def _cat(parts: Sequence[AnyStats]) -> AnyStats:
     return type(parts[0]).cat(parts)  # type: ignore[arg-type]  # all of one kind
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    on_cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), on_cards
-
-
-def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -134,11 +134,17 @@ def stop_ids(config: Config) -> list[int]:
     return list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
 
 
-def default_cache() -> Path:
-    """Return the folder of tokenised data: ``$LORA_DPO_CACHE``, or ``~/.cache/lora_dpo``."""
-    return (
-        Path(os.environ.get("LORA_DPO_CACHE") or Path.home() / ".cache" / "lora_dpo") / "tokenised"
-    )
+def default_cache(kind: str = "tokenised") -> Path:
+    """Return the folder of what runs share: below ``$LORA_DPO_CACHE``, or ``~/.cache/lora_dpo``."""
+    return Path(os.environ.get("LORA_DPO_CACHE") or Path.home() / ".cache" / "lora_dpo") / kind
+
+
+def reference_cache(config: Config) -> Path | None:
+    """Return the folder of stored reference log-probs of a run, if it keeps any."""
+    if not config.train.cache_reference:
+        return None
+    given = config.train.reference_cache_dir
+    return Path(given) if given else default_cache("reference")
 
 
 def _note_leaks(rows: Preferences, held: Preferences) -> None:

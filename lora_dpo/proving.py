@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dpo.errors import ExportError
-from lora_dpo.forward import causal_lm, compute_context
+from lora_dpo.heads import causal_lm, compute_context
 from lora_dpo.policy import default_device, unwrap
 
 GATE = 1e-4

@@ -7,7 +7,7 @@ learning rates pays for the reference once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,16 +40,36 @@ def with_reference_logps(
             between batch shapes.
         chunk: positions whose logits exist at one time.
     """
+    table = torch.empty(len(data), len(COLUMNS[data.kind]), dtype=torch.float64)
+    for places, logps in reference_batches(
+        policy, data, range(len(data)), batch_size=batch_size, chunk=chunk
+    ):
+        table[places] = logps
+    return with_columns(data, table)
+
+
+def reference_batches(
+    policy: nn.Module, data: Tokenised, places: Sequence[int], *, batch_size: int, chunk: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Run the reference on these rows, short ones first.
+
+    Yields:
+        The places of a batch, and its log-probs ``[rows, columns]``, float64, on the CPU.
+    """
     device = next(policy.parameters()).device
+    columns = len(COLUMNS[data.kind])
+    order = sorted(places, key=lambda i: sum(map(len, _token_lists(data.rows[i]))))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = collate(policy, [data.rows[i] for i in part]).to(device)
+        with reference(policy):  # not around the yield: the caller may be gone for good
+            logps = completion_logps(policy, batch, chunk=chunk)
+        yield part, logps.double().cpu().reshape(columns, len(part)).T
+
+
+def with_columns(data: Tokenised, table: Tensor) -> Tokenised:
+    """Return the rows with these log-probs ``[rows, columns]`` of the reference."""
     columns = COLUMNS[data.kind]
-    order = sorted(range(len(data)), key=lambda i: sum(map(len, _token_lists(data.rows[i]))))
-    table = torch.empty(len(data), len(columns), dtype=torch.float64)
-    with reference(policy):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = collate(policy, [data.rows[i] for i in places]).to(device)
-            logps = completion_logps(policy, batch, chunk=chunk).double().cpu()
-            table[places] = logps.reshape(len(columns), len(places)).T
     rows = data.rows.remove_columns([c for c in columns if c in data.rows.column_names])
     for name, column in zip(columns, table.T.tolist(), strict=True):
         rows = rows.add_column(name, column)
@@ -76,23 +96,27 @@ def without_known_reference(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in kept}
 
 
-def check_known_reference(rows: Sequence[Mapping[str, Any]], computed: Tensor) -> None:
-    """Hold that kept log-probs are those of this reference.
+def check_known_reference(rows: Sequence[Mapping[str, Any]], computed: Tensor) -> list[str]:
+    """Hold that kept log-probs are those of this reference; return a sentence on how near they are.
 
     Raises:
         TrainingError: they are another reference's, or of other rows.
     """
     kept = known_reference(rows, computed.device)
     if kept is None:
-        return
+        return []
     away = float((kept - computed.float()).abs().max())
     allowed = 0.1 + 1e-2 * float(computed.abs().max())  # 16 bits differ by batch shape
-    if away > allowed:
+    if not away <= allowed:
         raise TrainingError(
             f"reference log-probs kept with the rows differ by {away:.3g} nats from those of this "
             f"policy's reference on the first rows (allowed {allowed:.2g}). Compute them again: "
-            "with_reference_logps(policy, data)."
+            "with_reference_logps(policy, data), or in another train.reference_cache_dir."
         )
+    return [
+        f"reference log-probs kept with the rows: on the first {len(rows)} they differ by {away:.2g} "
+        f"nats from those computed now (allowed {allowed:.2g}: batch shape moves 16-bit arithmetic)"
+    ]
 
 
 def _token_lists(row: Mapping[str, Any]) -> list[Sequence[int]]:

@@ -25,6 +25,7 @@ from lora_dpo.diagnostics import (
     diagnose_policy,
     read_margins,
 )
+from lora_dpo.engine import choose_engine
 from lora_dpo.errors import ExportError
 from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.exporting import export_adapter, export_merged
@@ -45,10 +46,18 @@ from lora_dpo.policy import (
     peft_config,
     save_adapter,
 )
-from lora_dpo.preparing import RunData, load_rows, load_tokenizer, prepare_data, tokenise_rows
+from lora_dpo.preparing import (
+    RunData,
+    load_rows,
+    load_tokenizer,
+    prepare_data,
+    reference_cache,
+    tokenise_rows,
+)
 from lora_dpo.proving import Proof
+from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
-from lora_dpo.stepping import fitted
+from lora_dpo.stepping import fitted, row_length
 from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
 
@@ -130,13 +139,20 @@ def evaluate(
     else:
         rows = run.held_out()
     width = batch_size or int(run.config.train.further.get("per_device_eval_batch_size", 2))
+    policy, chunk = run.load_policy(checkpoint), run.config.train.chunk_tokens
+    if (folder := reference_cache(run.config)) is not None:
+        # what training stored is of the layout that it ran on
+        longest = max(map(row_length, rows.rows))
+        first = [rows.rows[i] for i in range(min(2, len(rows)))]
+        logger.info(choose_engine(policy, first, longest, run.config.train.engine, chunk=chunk))
+        rows = stored_reference_logps(policy, rows, folder, batch_size=width, chunk=chunk)
     return evaluate_policy(
-        run.load_policy(checkpoint),
+        policy,
         rows,
         run.objective,
         states=run.objective_states(checkpoint),
         batch_size=width,
-        chunk=run.config.train.chunk_tokens,
+        chunk=chunk,
     )
 
 
@@ -290,6 +306,7 @@ def _build_trainer(
         engine=config.train.engine,
         max_tokens_per_batch=config.train.max_tokens_per_batch,
         reference_moves=reference_moves(config),
+        reference_cache=reference_cache(config),
         facts=checkpoint_facts(config),
     )
     trainer.write_metrics_to(Path(config.output.dir) / "metrics.jsonl")
@@ -344,7 +361,10 @@ def _diagnose_at_the_end(
             trainer.model,
             tokenizer,
             trainer.objective,
-            data.held_out or data.train,
+            # with the reference's log-probs, where the trainer took them from disk
+            replace(data.held_out, rows=trainer.eval_dataset)
+            if data.held_out
+            else replace(data.train, rows=trainer.train_dataset),
             history=Run.open(folder).history,
             margins=read_margins(folder),
             subject=folder.name,

@@ -42,6 +42,8 @@ LABELLED_NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 # Needs whose fields carry gradient into the policy.
 WITH_GRADIENT = frozenset({"first_logps", "sampled_logps", "kls"})
+# Needs for which the reference runs even where its summed log-probs are known.
+UNKEPT = frozenset({"first_logps", "sampled_logps", "kls"})
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,21 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     return args
 
 
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # newer, older name
+
+
+def recomputes(args: TrainingArguments) -> bool:
+    """Whether activations are recomputed in backward."""
+    return any(getattr(args, name, False) for name in _CHECKPOINTING)
+
+
+def leave_checkpointing(args: TrainingArguments) -> None:
+    """Keep the library from wrapping layers that recompute themselves."""
+    for name in _CHECKPOINTING:
+        if hasattr(args, name):
+            setattr(args, name, False)
+
+
 def fitted(
     bound: BoundObjective, train: Tokenised, held_out: Tokenised | None
 ) -> tuple[Tokenised, Tokenised | None]:

@@ -26,25 +26,24 @@ from lora_dpo.callbacks import (
     show_log_lines,
 )
 from lora_dpo.checkpoints import (
+    asked_checkpoint,
     check_facts,
+    check_first_rows,
     clear_unfinished,
-    latest_checkpoint,
     rotate,
     seal_checkpoint,
 )
-from lora_dpo.engine import Engine, choose_engine
+from lora_dpo.engine import Engine, choose_engine, has_fast_layers
 from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats
-from lora_dpo.forward import check_head
+from lora_dpo.heads import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import Window, peak_gib, row_metrics
 from lora_dpo.moving_reference import NEVER, MovesCallback, ReferenceMoves
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.passes import Passes
 from lora_dpo.policy import (
-    describe_policy,
     describe_reference,
-    equals_reference,
     prepare_policy,
     read_reference,
     save_adapter,
@@ -52,15 +51,19 @@ from lora_dpo.policy import (
     write_reference,
 )
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
-from lora_dpo.stats import AnyStats, largest_logratio, reference_logps, stats_of
+from lora_dpo.reference_store import stored_rows
+from lora_dpo.starting import start_lines
+from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
     balanced,
     counted_tokens,
     fitted,
     keep_rows,
+    leave_checkpointing,
     one_batch_a_step,
     over_ranks,
+    recomputes,
     refuse_objective,
     row_length,
     row_tokens,
@@ -68,7 +71,7 @@ from lora_dpo.stepping import (
     stop_unless_finite,
     tokenised,
 )
-from lora_dpo.store import MANIFEST, read_json, read_manifest, write_json
+from lora_dpo.store import MANIFEST, read_json, write_json
 
 logger = logging.getLogger("lora_dpo")
 
@@ -95,6 +98,8 @@ class PreferenceTrainer(Trainer):
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
+        reference_cache: folder of reference log-probs, which are taken from there; unknown ones are
+            computed in one pass and stored for every later run. None runs the reference in each step.
         facts: what a checkpoint must agree with to be resumed from (the config, say).
 
     Raises:
@@ -123,6 +128,7 @@ class PreferenceTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
+        reference_cache: str | Path | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
@@ -136,6 +142,7 @@ class PreferenceTrainer(Trainer):
         self.keep_checkpoints = args.save_total_limit
         self._clock, self._tokens = time.monotonic(), 0
         self._check_logps: list[float] = []
+        self._kept_lines: list[str] = []
         self.evaluated_at = -1
         train, held_out = (
             tokenised(data, tokenizer, max_length, bound.data) if data is not None else None
@@ -149,7 +156,7 @@ class PreferenceTrainer(Trainer):
         self.states = self.objective.initial_states()
         self._margins = RowMargins()
         policy = prepare_policy(policy, reference_is=reference_is)
-        self.moves.begin(policy, self.objective, train)
+        self.moves.begin(policy, self.objective, train, cached=reference_cache is not None)
         super().__init__(
             model=policy,
             args=one_batch_a_step(args, unwrap(policy)),
@@ -162,10 +169,17 @@ class PreferenceTrainer(Trainer):
         self.label_names = []
         replace_console(self)
         check_head(self.model)
-        probe = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
         longest = max(map(row_length, self.train_dataset))
         how: Any = {"chunk": chunk_tokens, "with_reference": self.objective.reference}
-        self.engine = choose_engine(self.model, probe, longest, engine, **how)
+        how["recompute"] = recomputes(self.args)
+        self.engine = choose_engine(self.model, self._first_rows(), longest, engine, **how)
+        if has_fast_layers(self.model):
+            leave_checkpointing(self.args)
+        if reference_cache is not None:  # now that the layout is known, which its key holds
+            width = args.per_device_eval_batch_size if held_out else self.micro_batch
+            how = {"batch_size": width, "chunk": chunk_tokens}
+            kept = stored_rows(policy, bound, (train, held_out), reference_cache, **how)
+            self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
 
     # ---- one optimiser step ------------------------------------------------------------------
 
@@ -287,36 +301,11 @@ class PreferenceTrainer(Trainer):
         return output
 
     def self_check(self) -> list[str]:
-        """Return sentences on what the reference is, after proving that the policy begins there.
-
-        Raises:
-            TrainingError: the policy's weights equal the reference's and their log-probs do not.
-        """
-        facts = describe_policy(self.model)
+        """Return sentences on engine, policy and reference, after proving that they agree."""
         stats = self._probe()
-        lines = [self.engine, *facts.lines()]
-        if not stats.has_reference:
-            return [*lines[:-1], f"{self.objective.name} reads no reference; none will run"]
-        ratio = float(largest_logratio(stats))
-        loss, start = (
-            float(self.objective(s, self.states).mean()) for s in (stats, stats.at_reference())
-        )
-        if not equals_reference(self.model):
-            return [
-                *lines,
-                f"policy has moved from it: log-ratios up to {ratio:.3g} nats, loss {loss:.4f}",
-            ]
-        scale = max(abs(value) for value in self._check_logps)
-        if ratio > 1e-4 * max(scale, 1.0):
-            raise TrainingError(
-                f"self-check: policy and reference have the same weights, yet their log-probs differ "
-                f"by {ratio:.3g} nats (loss {loss:.4f}, expected {start:.4f}). The reference is wrong."
-            )
-        return [
-            *lines,
-            f"self-check: policy = reference on {len(stats)} rows "
-            f"(log-ratio {ratio:.2g}), loss {loss:.4f} = its start value {start:.4f}",
-        ]
+        scale = max(map(abs, self._check_logps), default=0.0)
+        lines = start_lines(self.model, self.objective, self.states, stats, scale)
+        return [self.engine, *self._kept_lines, *lines]
 
     @property
     def folder(self) -> Path:
@@ -330,17 +319,18 @@ class PreferenceTrainer(Trainer):
             return "none"
         return str(self.moves) or describe_reference(self.model)
 
+    def _first_rows(self) -> list[dict[str, Any]]:
+        return [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+
     def _probe(self) -> AnyStats:
-        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
-        model = self.model
-        was_training = model.training
-        model.eval()
+        rows, was_training = self._first_rows(), self.model.training
+        self.model.eval()
         with torch.no_grad(), torch.random.fork_rng():
-            stats = self._stats(model, [without_known_reference(row) for row in rows])
-        model.train(was_training)
+            stats = self._stats(self.model, [without_known_reference(row) for row in rows])
+        self.model.train(was_training)
         if stats.has_reference:
             self._check_logps = reference_logps(stats).tolist()
-            check_known_reference(rows, reference_logps(stats))
+            self._kept_lines = check_known_reference(rows, reference_logps(stats))
         return stats
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -372,24 +362,13 @@ class PreferenceTrainer(Trainer):
         rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
 
     def _check_resume(self, asked: str | bool) -> str:
-        if asked is True:
-            folder, facts, damaged = latest_checkpoint(self.folder)
-            for problem in damaged:
-                logger.warning("left alone: %s", problem)
-        else:
-            folder = Path(str(asked))
-            facts = read_manifest(folder)
+        folder, facts = asked_checkpoint(self.folder, asked)
         check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
         state = read_json(folder / STATE)
         if self.moves:
             read_reference(self.model, folder)
         self._probe()
-        before, now = torch.tensor(state["reference_logps"]), torch.tensor(self._check_logps)
-        if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-3, atol=1e-2):
-            raise TrainingError(
-                f"{folder}: the reference or the data is not the one that this run began with (its "
-                "log-probs of the first rows differ). Resume with the same base, adapter and data."
-            )
+        check_first_rows(folder, state["reference_logps"], self._check_logps)
         self.window, self.states = Window.of(state["window"]), state["objective"]
         logger.info("resuming from %s", folder)
         return str(folder)

@@ -206,7 +206,7 @@ def test_an_objective_without_a_reference_never_runs_one(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the reference ran")
 
-    for room in ("engine", "forward", "reference_cache"):
+    for room in ("forward", "reference_cache"):
         monkeypatch.setattr(f"lora_dpo.{room}.reference", never)
     rows = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no, no"} for i in range(4)]
     args = TrainingArguments(

@@ -12,12 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_dpo.errors import ModelError
-from lora_dpo.forward import (
-    check_head,
-    completion_logps,
-    completion_token_logps,
-    pair_stats,
-)
+from lora_dpo.forward import completion_logps, completion_token_logps, pair_stats
+from lora_dpo.heads import check_head
 from lora_dpo.policy import load_policy
 from tests.helpers import Rows, move_adapter, pad, random_rows
 

@@ -25,7 +25,7 @@ from lora_dpo.arguments import argument_problems
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, TrainingError
 from lora_dpo.exporting import export_merged
-from lora_dpo.forward import check_head
+from lora_dpo.heads import check_head
 from lora_dpo.policy import load_policy, prepare_policy, save_adapter
 from lora_dpo.run import evaluate, export, train
 from lora_dpo.run_folder import Run

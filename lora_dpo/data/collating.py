@@ -25,6 +25,7 @@ class PairBatch:
     origins: tuple[Origin, ...]  # [pairs]
     chosen_scores: torch.Tensor | None = None  # [pairs] float32, where every row has scores
     rejected_scores: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None  # [2, tokens] long: row and column of what predicts each
 
     @property
     def pairs(self) -> int:
@@ -50,6 +51,7 @@ class LabelledBatch:
     label: torch.Tensor  # [rows] bool, True: wanted
     origins: tuple[Origin, ...]  # [rows]
     mismatched: LabelledBatch | None = None  # the same prompts before other rows' completions
+    predicted: torch.Tensor | None = None  # [2, tokens] long: row and column of what predicts each
 
     @property
     def rows(self) -> int:
@@ -177,7 +179,9 @@ def collate_pairs(
     """Pad pairs to the longest row of the batch."""
     sides = [(row["prompt_ids"], row[f"{name}_ids"]) for name in _PAIR for row in rows]
     tensors = _pad(sides, pad_id, padding_side)
-    return PairBatch(*tensors, _origins(rows), *(_scores(rows, name) for name in _PAIR))
+    chosen, rejected = (_scores(rows, name) for name in _PAIR)
+    places = _predicted(tensors[2])
+    return PairBatch(*tensors, _origins(rows), chosen, rejected, places)
 
 
 def collate_labelled(
@@ -188,12 +192,22 @@ def collate_labelled(
 
     tensors = _pad([(r["prompt_ids"], r["completion_ids"]) for r in rows], pad_id, padding_side)
     label = torch.tensor([bool(row["label"]) for row in rows])
-    batch = LabelledBatch(*tensors, label, _origins(rows))
+    batch = LabelledBatch(*tensors, label, _origins(rows), predicted=_predicted(tensors[2]))
     if "mismatched_ids" not in rows[0]:
         return batch
     other = [(r["prompt_ids"], r["mismatched_ids"]) for r in rows]
     tensors = _pad(other, pad_id, padding_side)
-    return replace(batch, mismatched=LabelledBatch(*tensors, label, batch.origins))
+    places = _predicted(tensors[2])
+    return replace(
+        batch, mismatched=LabelledBatch(*tensors, label, batch.origins, predicted=places)
+    )
+
+
+def _predicted(completion_mask: torch.Tensor) -> torch.Tensor:
+    """Return the places that predict a completion token: found here, a device need not be waited for."""
+    import torch
+
+    return torch.stack(completion_mask[:, 1:].nonzero(as_tuple=True))
 
 
 _PAIR = ("chosen", "rejected")

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_dpo.data import LabelledBatch, Tokenised, collate_labelled
-from lora_dpo.forward import causal_lm, completion_logps, completion_token_logps, compute_context
+from lora_dpo.forward import completion_logps, completion_token_logps
 from lora_dpo.generation import sample_ids
+from lora_dpo.heads import causal_lm, compute_context
 from lora_dpo.policy import reference
 
 Array = NDArray[np.float64]

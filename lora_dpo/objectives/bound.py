@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lora_dpo.stats import AnyStats, PairStats
+from lora_dpo.stats import UNKEPT, AnyStats, PairStats
 
 if TYPE_CHECKING:
     from lora_dpo.objectives._table import Objective
@@ -144,6 +144,18 @@ class BoundObjective:
         """Statistics beyond log-probs and lengths that any term reads."""
         every = {need for term in self.terms for need in term.objective.needs}
         return frozenset(every - {"lengths"})
+
+    @property
+    def needs_running_reference(self) -> str:
+        """Why summed log-probs of the reference, known beforehand, would spare nothing; or nothing."""
+        if not self.reference:
+            return f"{self.name} reads no reference, so there is nothing to keep; leave it out."
+        if needs := sorted(self.needs & UNKEPT):
+            return (
+                f"{self.name} reads {' and '.join(needs)} of the reference, which summed log-probs do "
+                "not tell, so it runs in every step anyway; leave it out."
+            )
+        return ""
 
     @property
     def couples_rows(self) -> bool:

@@ -13,6 +13,7 @@ from lora_dpo.policy.adapters import (
 )
 from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
 from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
+from lora_dpo.policy.identity import reference_identity
 from lora_dpo.policy.moving import (
     MOVING_FILE,
     UPDATES,
@@ -27,9 +28,10 @@ from lora_dpo.policy.switching import (
     describe_reference,
     policy_adapter,
     reference,
+    shaken,
     unwrap,
 )
-from lora_dpo.policy.weights import Merged, dequantised, merged_tensors
+from lora_dpo.policy.weights import Merged, dequantised, merged_tensors, plain_weight
 
 __all__ = [
     "ADAPTER",
@@ -55,11 +57,14 @@ __all__ = [
     "merged_tensors",
     "move_reference",
     "peft_config",
+    "plain_weight",
     "policy_adapter",
     "prepare_policy",
     "read_reference",
     "reference",
+    "reference_identity",
     "save_adapter",
+    "shaken",
     "snapshot_reference",
     "unwrap",
     "write_reference",

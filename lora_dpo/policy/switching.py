@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -116,6 +117,25 @@ def policy_adapter(policy: nn.Module) -> str:
         )
     name: str = active[0]
     return name
+
+
+@contextmanager
+def shaken(policy: nn.Module, std: float = 0.02) -> Iterator[None]:
+    """Move the policy's adapters off their values inside the block: a fresh one hides errors."""
+    model = unwrap(policy)
+    name = policy_adapter(model)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    weights = [layer.lora_B[name].weight for layer in layers if name in layer.lora_B]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(torch.randn_like(weight) * std)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
 
 
 def describe_reference(policy: nn.Module) -> str:

@@ -37,6 +37,20 @@ def dequantised(layer: Any) -> Tensor:
     return dequantize_bnb_weight(weight, state=state).detach().float()
 
 
+def plain_weight(layer: Any) -> Tensor:
+    """Return a linear layer's weight as its forward uses it, ``[outputs, inputs]``, in its dtype.
+
+    A 4-bit one is a new tensor, in the dtype in which it was quantised; a plain one is itself.
+    """
+    weight = layer.weight
+    if not _is_quantised(weight):
+        return weight  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(weight, "quant_state", None) or layer.quant_state
+    return dequantize_4bit(weight.data, state)
+
+
 def _in_its_own_layout(layer: nn.Module, weight: Tensor) -> Tensor:
     """Turn a weight between linear layout and that of a ``Conv1D`` which quantisation replaced."""
     return weight.T if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D) else weight

@@ -1,0 +1,119 @@
+"""A model's head: found inside its wrappers, swapped for the time of one call, proven to be its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_dpo.errors import ModelError
+from lora_dpo.logprobs import Head
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """Return the transformers model inside the wrappers of peft, accelerate and torch."""
+    while True:
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
+    """Autocast to the dtype of the base where that is 16 bits: the adapters stay float32."""
+    embeddings = causal_lm(model).get_input_embeddings()
+    weight = getattr(embeddings, "original_module", embeddings).weight  # not peft's float32 copy
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+def check_head(model: nn.Module) -> None:
+    """Prove on eight tokens that the swapped head is the model's own, and that no token looks ahead.
+
+    Raises:
+        ModelError: the model does something to its logits that we do not know, or is not causal, so
+            that every log-prob would be wrong.
+    """
+    causal = causal_lm(model)
+    embeddings = causal.get_input_embeddings()
+    count = min(8, embeddings.num_embeddings - 1)
+    ids = torch.arange(count, device=embeddings.weight.device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), compute_context(model):
+        ours, dense = _logits_by_own_head(model, ids), _dense_logits(model, ids)
+        ids[0, -1] += 1
+        ahead = _dense_logits(model, ids)
+    model.train(was_training)
+    scale = float(dense.abs().max()) + 1e-6
+    if not torch.allclose(ours, dense, rtol=1e-2, atol=1e-3 * scale):
+        raise ModelError(
+            f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "
+            f"(they differ by {(ours - dense).abs().max():.3g}); this model is not supported."
+        )
+    exact = not torch.is_autocast_enabled() and embeddings.weight.dtype == torch.float32
+    if not torch.allclose(
+        ahead[:, :-1], dense[:, :-1], rtol=0, atol=(1e-5 if exact else 1e-2) * scale
+    ):
+        raise ModelError(
+            f"{type(causal).__name__}: a token changes the logits before it, so this is no causal model."
+        )
+
+
+def _logits_by_own_head(model: nn.Module, ids: Tensor) -> Tensor:
+    found: list[Tensor] = []
+
+    def score(hidden: Tensor, head: Head) -> Tensor:
+        found.append(head(hidden).float())
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    with swapped_head(causal_lm(model), score):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return found[0]
+
+
+def _dense_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
+    return logits.float()
+
+
+@contextmanager
+def swapped_head(causal: Any, score: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
+    """Call ``score(hidden, head)`` in place of the model's head, on this instance, in this block."""
+    head = causal.get_output_embeddings()
+    transform = _logit_transform(causal.config.get_text_config())
+    patched_before = "forward" in vars(head)
+    original = head.forward
+
+    def own_head(states: Tensor) -> Tensor:
+        return transform(original(states))
+
+    head.forward = lambda hidden: score(hidden, own_head)
+    try:
+        yield
+    finally:
+        if patched_before:
+            head.forward = original
+        else:
+            del head.forward
+
+
+def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """What the model does to its logits behind the head; ``check_head`` proves it complete."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    if factor == divisor == 1.0:
+        return lambda logits: logits
+    return lambda logits: logits * (factor / divisor)

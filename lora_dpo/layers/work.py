@@ -1,0 +1,79 @@
+"""What the fast layers of one model share while a batch of ours runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_dpo.policy import plain_weight
+
+
+class Work:
+    """The state of one model's fast layers; outside ``running`` they are the library's own.
+
+    Attributes:
+        recomputed: how many layers, from the first on, keep their input alone until backward.
+        offloaded: whether these inputs wait in the memory of the CPU.
+        fusable: whether policy and reference can run together, layer by layer.
+        skips_last: whether a recomputation leaves out the last projection of an MLP.
+        keeps_weights: whether a layer's plain weights wait for their second use, which costs their
+            bytes (of one layer at a time) and spares half of the dequantisations.
+        random: whether something in the model draws, as LoRA dropout does.
+        taken: the modules whose forward is ours.
+        off: whether batches of ours too go through the library's layers.
+        make_plain: returns a linear layer's weight as floats.
+        dequantised: how often each weight was made plain, for tests and benchmarks.
+    """
+
+    def __init__(self) -> None:
+        self.recomputed = 0
+        self.offloaded = False
+        self.fusable = False
+        self.skips_last = False
+        self.keeps_weights = True
+        self.random = False
+        self.taken: list[nn.Module] = []
+        self.make_plain: Callable[[Any], Tensor] = plain_weight
+        self.dequantised: Counter[nn.Module] = Counter()
+        self.off = False
+        self.running = False
+        self.recomputing = False
+        self.as_reference = False
+        self.fused = False
+        self.reference_state: Tensor | None = (
+            None  # of the layer that runs, ``[rows, time, hidden]``
+        )
+        self._weights: dict[nn.Module, Tensor] | None = None
+
+    def weight(self, linear: nn.Module) -> Tensor:
+        """Return a linear layer's weight as plain floats, made once where it is needed twice."""
+        if self._weights is not None and linear in self._weights:
+            return self._weights[linear]
+        weight = self.make_plain(linear)
+        self.dequantised[linear] += 1
+        if self._weights is not None:
+            self._weights[linear] = weight
+        return weight
+
+    @contextmanager
+    def keeping_weights(self) -> Iterator[None]:
+        """Within one layer: weights that are made plain stay so until the end of the block."""
+        self._weights = {} if self.keeps_weights else None
+        try:
+            yield
+        finally:
+            self._weights = None
+
+    @contextmanager
+    def turned(self, **flags: Any) -> Iterator[None]:
+        """Set attributes for the time of the block."""
+        before = {name: getattr(self, name) for name in flags}
+        vars(self).update(flags)
+        try:
+            yield
+        finally:
+            vars(self).update(before)

@@ -1,0 +1,156 @@
+"""A policy without values: the real model code on fake tensors, to count bytes before any weight loads."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM
+
+from lora_dpo.layers import Work
+
+
+class Linear4bit(nn.Linear):
+    """Stands in for bitsandbytes' layer of that name: as many bytes, a plain weight when asked."""
+
+    def __init__(self, plain: nn.Linear, bits: int, double: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.compute_dtype = plain.weight.dtype
+        count = plain.weight.numel()
+        packed = torch.empty(count * bits // 8, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        for number, size in enumerate(_scales(count, plain.out_features, bits, double)):
+            self.register_buffer(f"scale{number}", torch.empty(size, dtype=torch.uint8))
+        self.bias = plain.bias
+
+    def plain(self) -> Tensor:
+        """Return what dequantisation allocates."""
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute as bitsandbytes does: backward makes the weight plain again."""
+        return _Dequantised.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _scales(count: int, outputs: int, bits: int, double: bool) -> tuple[int, ...]:
+    """Return the bytes of the quantisation's own tensors."""
+    if bits == 8:
+        return (4 * outputs,)
+    blocks = -(-count // 64)
+    if not double:
+        return 4 * blocks, 64
+    return blocks, 4 * -(-blocks // 256), 64, 1024, 4
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+        ctx.layer = layer
+        return linear(x, layer.plain().to(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g @ ctx.layer.plain().to(g.dtype), None
+
+
+def plain_stand_in(layer: Any) -> Tensor:
+    """Return what ``policy.plain_weight`` would, for layers of this module."""
+    weight: Tensor = layer.plain() if isinstance(layer, Linear4bit) else layer.weight
+    return weight
+
+
+def imagined_policy(
+    config: Any, lora: peft.LoraConfig, *, dtype: torch.dtype, quantisation: str, double: bool
+) -> peft.PeftModel:
+    """Return a policy of this architecture on fake tensors; call it inside a ``FakeTensorMode``."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if quantisation != "none":
+            _quantise(model, 8 if quantisation == "int8" else 4, double)
+        model.requires_grad_(False)
+        policy: Any = peft.get_peft_model(model, copy.deepcopy(lora))  # it resolves its targets
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _imagine(policy)
+    return policy  # type: ignore[no-any-return]
+
+
+def _imagine(policy: nn.Module) -> None:
+    """Put a fake tensor in the place of each one without storage; shared ones stay shared."""
+    made: dict[int, Tensor] = {}
+    for module in policy.modules():
+        tables: Any = (module._parameters, module._buffers)
+        for table in tables:
+            for name, value in table.items():
+                if value is not None:
+                    made.setdefault(id(value), _fake_like(value))
+                    table[name] = made[id(value)]
+
+
+def _fake_like(value: Tensor) -> Tensor:
+    fake = torch.empty(value.shape, dtype=value.dtype)
+    return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+def _quantise(model: Any, bits: int, double: bool) -> None:
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                setattr(parent, name, Linear4bit(child, bits, double))
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, as operations make them and Python drops them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def watch(self, value: Any) -> None:
+        """Count a tensor's storage, once."""
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self.now += self._alive[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._alive.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            self.watch(value)
+        return out
+
+
+@contextmanager
+def imagining() -> Iterator[FakeTensorMode]:
+    """Make tensors without values inside the block; real ones that enter lose theirs."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def use_stand_ins(work: Work | None) -> None:
+    """Let the fast layers of an imagined policy make its weights plain."""
+    if work is not None:
+        work.make_plain = plain_stand_in

@@ -1,0 +1,267 @@
+"""How many bytes a step takes: measured on fake tensors, with the very code that will run.
+
+A step is run on models of two and of four layers of the real width. Every part is affine in the number
+of layers, so two depths give all of them; no weight is needed, only the architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_dpo.engine import lay_out
+from lora_dpo.forward import both_logps, completion_logps
+from lora_dpo.layers import NAME, take, work_of
+from lora_dpo.planning.imagined import Ledger, imagined_policy, imagining, use_stand_ins
+
+Row = Mapping[str, Any]
+DEPTHS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides how many bytes a step takes, beside its rows.
+
+    Args:
+        architecture: the base's config.
+        lora: peft's config of the adapters.
+        dtype: of computation and of what is not quantised.
+        quantisation: ``nf4``, ``fp4``, ``int8`` or ``none``.
+        double: whether the quantisation's scales are quantised too.
+        flat: rows end to end with shared prompts, or padded.
+        fast: our layers, or the library's.
+        skips_last: see ``layers.take``.
+        keeps_weights: see ``layers.Work``.
+        with_reference: whether the reference runs in training.
+        chunk: positions whose logits exist at one time.
+        optimiser: bytes of the optimiser's state for each trained weight.
+        embeddings_on_cpu: whether the input embeddings are elsewhere.
+    """
+
+    architecture: Any
+    lora: peft.LoraConfig
+    dtype: torch.dtype = torch.bfloat16
+    quantisation: str = "nf4"
+    double: bool = True
+    flat: bool = True
+    fast: bool = True
+    skips_last: bool = True
+    keeps_weights: bool = True
+    with_reference: bool = True
+    chunk: int = 256
+    optimiser: float = 8.0
+    embeddings_on_cpu: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(self.architecture.get_text_config().num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes of one step at one depth."""
+
+    static: int  # weights, adapters included
+    embeddings: int
+    head: int
+    adapters: int
+    trained: int  # weights that are trained, counted, not bytes
+    quantised: int
+    kept: int  # what waits for backward at the end of the forward pass
+    forward: int  # most beyond the static ones, in the forward pass
+    peak: int  # in the whole step
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a step, by part; those of a layer hold for each one.
+
+    Attributes:
+        quantised: linear layers in 4 or 8 bits.
+        unquantised: embeddings, head, norms, and linear layers that stay plain.
+        adapters, gradients, optimiser: of what is trained.
+        waiting: what waits for backward beside the layers (the head's gradients, positions).
+        waiting_kept: the same where layers are not recomputed.
+        recomputed: kept of a layer that is run again in backward.
+        kept: kept of a layer that is not.
+        head: most beyond what is kept when the forward pass ends.
+        in_flight: most beyond what is kept while a recomputed layer runs backward.
+        in_flight_kept: the same of a layer that is not recomputed.
+        layers: how many there are.
+    """
+
+    quantised: int
+    unquantised: int
+    embeddings: int
+    head_weight: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    waiting: int
+    waiting_kept: int
+    recomputed: int
+    kept: int
+    head: int
+    in_flight: int
+    in_flight_kept: int
+    layers: int
+
+    @property
+    def static(self) -> int:
+        """What is there all the time: weights, adapters, their gradients and optimiser state."""
+        weights = self.quantised + self.unquantised + self.adapters
+        return weights + self.gradients + self.optimiser
+
+    def activations(self, recomputed: int) -> int:
+        """Most bytes beyond the static ones, with so many layers recomputed, the first ones."""
+        kept = self.layers - recomputed
+        beside = self.waiting_kept if kept else self.waiting
+        waiting = beside + recomputed * self.recomputed + kept * self.kept
+        moments = [waiting + self.head]
+        if kept:
+            moments.append(waiting + self.in_flight_kept)
+        if recomputed:
+            moments.append(self.waiting + recomputed * self.recomputed + self.in_flight)
+        return max(moments)
+
+    def peak(self, recomputed: int | None = None) -> int:
+        """Most bytes at one time in a step, with so many layers recomputed; all, if left out."""
+        return self.static + self.activations(self.layers if recomputed is None else recomputed)
+
+    def fewest_recomputed(self, room: int) -> int | None:
+        """Return how few layers must be recomputed to stay within ``room`` bytes; None: too many."""
+        return next((n for n in range(self.layers + 1) if self.peak(n) <= room), None)
+
+
+def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) -> Bytes:
+    """Return the bytes of a step whose largest micro-batch is ``rows``.
+
+    Args:
+        setting: the model and how it runs.
+        rows: tokenised rows of one micro-batch.
+        accumulates: whether a step has several micro-batches, so that gradients of the earlier ones
+            are there while the last one runs.
+    """
+    small, large = DEPTHS
+    again = {depth: run(setting, rows, depth, recomputes=True) for depth in DEPTHS}
+    once = {depth: run(setting, rows, depth, recomputes=False) for depth in DEPTHS}
+
+    def slope(name: str, found: dict[int, Found]) -> int:
+        values = [getattr(found[depth], name) for depth in DEPTHS]
+        return int((values[1] - values[0]) // (large - small))
+
+    def at_depth(name: str) -> int:
+        of_small = getattr(again[small], name)
+        return int(of_small + slope(name, again) * (setting.layers - small))
+
+    recomputed, kept = slope("kept", again), slope("kept", once)
+    moved = again[small].embeddings if setting.embeddings_on_cpu else 0
+    gradients = 4 * at_depth("trained") if accumulates else 0
+    quantised, adapters = at_depth("quantised"), at_depth("adapters")
+    return Bytes(
+        quantised=quantised,
+        unquantised=at_depth("static") - quantised - adapters - moved,
+        embeddings=again[small].embeddings - moved,
+        head_weight=again[small].head,
+        adapters=adapters,
+        gradients=gradients,
+        optimiser=int(setting.optimiser * at_depth("trained")),
+        waiting=again[small].kept - small * recomputed,
+        waiting_kept=once[small].kept - small * kept,
+        recomputed=recomputed,
+        kept=kept,
+        head=again[large].forward - again[large].kept,
+        in_flight=again[large].peak - again[large].kept,
+        in_flight_kept=once[large].peak - once[large].kept,
+        layers=setting.layers,
+    )
+
+
+def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) -> Found:
+    """Run one forward and backward pass on an imagined model of so many layers."""
+    batch = lay_out(rows, flat=setting.flat)
+    with imagining(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        policy = imagined_policy(
+            _of_depth(setting.architecture, depth),
+            setting.lora,
+            dtype=setting.dtype,
+            quantisation=setting.quantisation,
+            double=setting.double,
+        ).train()
+        _prepare(policy, setting, depth if recomputes else 0)
+        ledger = Ledger()
+        for tensor in [*policy.parameters(), *policy.buffers()]:
+            ledger.watch(tensor)
+        static = ledger.now
+        ledger.peak = ledger.now
+        half = setting.dtype != torch.float32
+        with ledger, torch.autocast("cpu", setting.dtype) if half else nullcontext():
+            if setting.with_reference:
+                ours, theirs = both_logps(policy, batch, chunk=setting.chunk)
+                loss = (ours - theirs).sum()
+            else:
+                loss = completion_logps(policy, batch, chunk=setting.chunk).sum()
+            kept, forward = ledger.now - static, ledger.peak - static
+            loss.backward()
+        return Found(
+            **_weights(policy),
+            static=static,
+            kept=kept,
+            forward=forward,
+            peak=ledger.peak - static,
+        )
+
+
+def _prepare(policy: Any, setting: Setting, recomputed: int) -> None:
+    causal = policy.get_base_model()
+    if setting.flat:
+        causal.config._attn_implementation = NAME
+    if setting.fast:
+        take(policy, recomputed=recomputed, skips_last=setting.skips_last)
+        work = work_of(causal)
+        use_stand_ins(work)
+        if work is not None:
+            work.keeps_weights = setting.keeps_weights
+    elif recomputed:
+        causal._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        causal.enable_input_require_grads()
+
+
+def _weights(policy: Any) -> dict[str, int]:
+    causal = policy.get_base_model()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    packed = [m for m in policy.modules() if type(m).__name__ == "Linear4bit"]
+    return {
+        "embeddings": _bytes(embeddings),
+        "head": 0 if head.weight is embeddings.weight else _bytes(head),
+        "adapters": sum(p.nbytes for p in trained),
+        "trained": sum(p.numel() for p in trained),
+        "quantised": sum(_bytes(module) for module in packed),
+    }
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _of_depth(architecture: Any, depth: int) -> Any:
+    config = copy.deepcopy(architecture)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    config.use_cache = False
+    return config
