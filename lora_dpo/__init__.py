@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_dpo import objectives
+    from lora_dpo.checkup import doctor
     from lora_dpo.config import Config
     from lora_dpo.data import load_preferences, tokenise
     from lora_dpo.errors import LoraDpoError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lora_dpo.exporting import export_adapter, export_merged
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
+    from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
@@ -43,6 +45,7 @@ _HOME = {
     "completion_logps": "forward",
     "diagnose": "run",
     "diagnose_preferences": "run",
+    "doctor": "checkup",
     "evaluate": "run",
     "evaluate_policy": "evaluation",
     "export": "run",
@@ -50,6 +53,7 @@ _HOME = {
     "export_merged": "exporting",
     "generate": "run",
     "generate_side_by_side": "generation",
+    "inspect_preferences": "inspecting",
     "labelled_stats": "forward",
     "load_policy": "policy",
     "load_preferences": "data",
@@ -74,6 +78,7 @@ __all__ = [
     "completion_logps",
     "diagnose",
     "diagnose_preferences",
+    "doctor",
     "evaluate",
     "evaluate_policy",
     "export",
@@ -81,6 +86,7 @@ __all__ = [
     "export_merged",
     "generate",
     "generate_side_by_side",
+    "inspect_preferences",
     "labelled_stats",
     "load_policy",
     "load_preferences",

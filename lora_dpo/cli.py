@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -132,6 +132,74 @@ def diagnose(
             print(diagnose_preferences(data, model, effort=effort, max_length=max_length))
 
 
+@app.command(
+    epilog="Example: lora-dpo inspect prefs.jsonl --model mistralai/Mistral-7B-v0.1 --html look.html"
+)
+def inspect(
+    data: Annotated[str, typer.Argument(help="Preferences: a file, a folder or a hub id.")],
+    model: Annotated[str, typer.Option(help="The base that would be trained.")],
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Held-out preferences, to look for leaks.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown token by token.")] = 3,
+    ids: Annotated[bool, typer.Option(help="Show token ids.")] = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+    kind: Annotated[
+        str, typer.Option(help="What the objective needs: auto, paired or unpaired.")
+    ] = "auto",
+    readiness: Annotated[
+        bool, typer.Option(help="Load the base in 4 bits and ask what it makes of the answers.")
+    ] = True,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of data, as data.columns.prompt=question."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See data as the model will: format, counts, tokens, lengths, and whether the base is ready."""
+    _one_of("--kind", kind, ("auto", "paired", "unpaired"))
+    with _user_errors():
+        from lora_dpo.config import data_settings
+
+        settings = data_settings(set_ or [])
+        _quiet_libraries(sys.stderr if json_ else None)
+        import json
+
+        from lora_dpo.inspecting import inspect_preferences
+
+        options: Any = {"max_length": max_length, "kind": None if kind == "auto" else kind}
+        found = inspect_preferences(
+            data, model, held_out=eval_, rows=rows, ids=ids, readiness=readiness,
+            **{**options, **settings},
+        )  # fmt: skip
+        if html is not None:
+            found.write_html(html)
+        if json_:
+            print(json.dumps(found.to_dict(), indent=2))
+        else:
+            found.print()
+
+
+@app.command(epilog="Example: lora-dpo doctor --json")
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check versions, GPU, 4-bit kernels, disk, memory and known traps; exit 1 if one blocks."""
+    with _user_errors():
+        import json
+
+        from lora_dpo.checkup import doctor as run_checks
+
+        found = run_checks()
+        if json_:
+            print(json.dumps(found.to_dict(), indent=2))
+        else:
+            found.print()
+    if found.blocks:
+        raise typer.Exit(1)
+
+
 @app.command()
 def generate(
     run: RunFolder,
@@ -223,7 +291,11 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except LoraDpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from lora_dpo.showing import visible
+
+        # a message may hold a piece of the data
+        lines = [visible(line) for line in str(error).split("\n")]
+        print("error: " + "\n".join(lines), file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)
@@ -238,10 +310,10 @@ def _one_of(option: str, value: str, legal: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"{option} {value}: expected one of {', '.join(legal)}.")
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(stream: TextIO | None = None) -> None:
     """Our own lines on the console; of the libraries only what a user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream or sys.stdout)
     logging.getLogger("lora_dpo").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)

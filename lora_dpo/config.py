@@ -162,7 +162,7 @@ class Config(Section):
         Raises:
             ConfigError: with a sentence for every problem of file and overrides together.
         """
-        return cls.parse(_override(read_yaml(path), overrides))
+        return cls.parse(override(read_yaml(path), overrides))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
@@ -259,7 +259,8 @@ def _strict_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set ``key=value`` texts in a nested mapping, in place, and return it."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -273,6 +274,23 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     if problems:
         raise ConfigError(problems)
     return values
+
+
+def data_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of the section ``data`` that ``data.key=value`` texts give.
+
+    Raises:
+        ConfigError: a text that is none, or that names another section or the files themselves.
+    """
+    values = override({}, overrides)
+    settings: dict[str, Any] = values.pop("data", {})
+    wrong = [*values, *(f"data.{name}" for name in ("train", "eval") if name in settings)]
+    if wrong:
+        raise ConfigError(
+            f"--set {wrong[0]}: expected a setting of the section data that says how the files are "
+            "read, such as data.overflow=truncate-prompt; the files themselves are arguments."
+        )
+    return settings
 
 
 def _set_key(values: dict[str, Any], key: str, value: Any) -> None:

@@ -148,8 +148,7 @@ def reference_cache(config: Config) -> Path | None:
 
 
 def _note_leaks(rows: Preferences, held: Preferences) -> None:
-    shared = {row.prompt_key for row in rows.rows} & {row.prompt_key for row in held.rows}
-    if shared:
+    if shared := rows.shared_prompts(held):
         logger.warning(
             "%d prompts stand in data.train and in data.eval; held-out figures will be too good.",
             len(shared),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 from lora_dpo import objectives
 from lora_dpo.checkpoints import STATE, list_checkpoints
+from lora_dpo.checkup import installed_version
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, OutputError
@@ -166,10 +166,7 @@ def versions() -> dict[str, str]:
         "accelerate",
         "datasets",
     ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
+        found[name] = installed_version(name) or "not installed as a package"
     found["torch"] = torch.__version__  # with its build, which the package's version may lack
     return found
 

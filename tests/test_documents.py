@@ -36,6 +36,8 @@ def test_readmes_commands_run_on_the_bundled_model(
     monkeypatch.chdir(ROOT)
     lines = [line.strip() for line in README.splitlines() if line.startswith("    lora-dpo ")]
     assert [line.split()[1] for line in lines] == [
+        "doctor",
+        "inspect",
         "train",
         "eval",
         "generate",
@@ -54,12 +56,14 @@ def test_readmes_commands_run_on_the_bundled_model(
         words = shlex.split(line, comments=True)[1:]
         words = [word.replace("runs/mistral-7b-dpo", str(tmp_path / "run")) for word in words]
         words = [word.replace("out/merged", str(tmp_path / "merged")) for word in words]
+        words = [word.replace("out/look", str(tmp_path / "look")) for word in words]
         if words[0] == "train":
             words = [w for w in words if w not in ("--set", "data.train=prefs.jsonl")]
             words = [x for w in words for x in (("--set", w) if "=" in w else (w,))]
             words += [x for key, value in changes.items() for x in ("--set", f"{key}={value}")]
         found = CliRunner().invoke(app, words)
         assert found.exit_code == 0, f"{line}\n{found.output}"
+    assert "show token ids" in (tmp_path / "look.html").read_text()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert "beta: 0.05" in (tmp_path / "run" / "config.yaml").read_text()
 

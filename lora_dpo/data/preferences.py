@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lora_dpo.data.records import Labelled, Pair
+from lora_dpo.data.records import Labelled, Origin, Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.errors import DataError
 
@@ -57,6 +57,17 @@ class Preferences:
         train = [i for i, key in enumerate(keys) if key not in chosen]
         held = [i for i, key in enumerate(keys) if key in chosen]
         return self._take(train, self.report), self._take(held, DataReport("held out", len(held)))
+
+    def shared_prompts(self, other: Preferences) -> dict[str, tuple[tuple[Origin, ...], Origin]]:
+        """Return the prompts that stand in both: by key, the rows here and the first row there."""
+        first: dict[str, Origin] = {}
+        for row in other.rows:
+            first.setdefault(row.prompt_key, row.origin)
+        here: dict[str, list[Origin]] = {}
+        for row in self.rows:
+            if row.prompt_key in first:
+                here.setdefault(row.prompt_key, []).append(row.origin)
+        return {key: (tuple(origins), first[key]) for key, origins in here.items()}
 
     def _take(self, indices: list[int], report: DataReport) -> Preferences:
         rows = tuple(self.rows[i] for i in indices)

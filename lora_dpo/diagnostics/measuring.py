@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_dpo.data import Tokenised, collate_labelled
-from lora_dpo.forward import completion_logps
+from lora_dpo.data import LabelledBatch, Tokenised, collate_labelled
+from lora_dpo.forward import completion_logps, completion_token_logps
 from lora_dpo.generation import sample_ids
 from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference
@@ -53,26 +54,63 @@ def score(
     chunk: int,
 ) -> Scored:
     """Return log-probs of ``(prompt, answer)`` rows under policy and reference, without dropout."""
-    device = home_device(policy)
     found = np.zeros((2, len(rows)))
-    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-    was_training = policy.training
-    policy.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            labelled = [
-                {"prompt_ids": rows[i][0], "completion_ids": rows[i][1], "label": True}
-                for i in places
-            ]
-            batch = collate_labelled(labelled, pad_id=0).to(device)
+    with _evaluating(policy):
+        for places, batch in _batches(policy, rows, batch_size):
             with torch.no_grad():
                 found[0, places] = completion_logps(policy, batch, chunk=chunk).double().cpu()
             with reference(policy):
                 found[1, places] = completion_logps(policy, batch, chunk=chunk).double().cpu()
-    finally:
-        policy.train(was_training)
     return Scored(found[0], found[1], np.array([len(answer) for _, answer in rows], dtype=float))
+
+
+def token_scores(
+    model: nn.Module,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    chunk: int,
+) -> list[Array]:
+    """Return the log-prob of every token of each row's answer, nats, without dropout.
+
+    Args:
+        model: a policy, or a bare base.
+        rows: ``(prompt, answer)`` token ids.
+        batch_size: rows of a forward pass.
+        chunk: positions whose logits exist at one time.
+    """
+    found: list[Array] = [np.zeros(0)] * len(rows)
+    with _evaluating(model), torch.no_grad():
+        for places, batch in _batches(model, rows, batch_size):
+            values = completion_token_logps(model, batch, chunk=chunk).double().cpu().numpy()
+            ends = np.cumsum([len(rows[i][1]) for i in places])
+            for place, part in zip(places, np.split(values, ends[:-1]), strict=True):
+                found[place] = part
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+) -> Iterator[tuple[list[int], LabelledBatch]]:
+    """Yield batches of rows of like length, with the place of each row."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        labelled = [
+            {"prompt_ids": rows[i][0], "completion_ids": rows[i][1], "label": True} for i in places
+        ]
+        yield places, collate_labelled(labelled, pad_id=0).to(device)
 
 
 def sample(

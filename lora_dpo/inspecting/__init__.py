@@ -1,0 +1,6 @@
+"""Preferences looked at before any training: recognised, counted, shown token by token, and judged."""
+
+from lora_dpo.inspecting.collecting import inspect_preferences
+from lora_dpo.inspecting.inspection import Inspection
+
+__all__ = ["Inspection", "inspect_preferences"]

@@ -1,0 +1,76 @@
+"""HTML from jinja templates with autoescape: one file, no network, no script; or a notebook's cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from rich.console import RenderableType
+
+from lora_dpo.showing.terminals import as_text, print_to
+from lora_dpo.showing.visible import visible
+from lora_dpo.store import write_text
+
+
+def fragment(template: str, **facts: Any) -> str:
+    """Render a template to what a notebook shows; its styles touch nothing outside of it."""
+    return str(_environment().get_template(f"{template}.html.jinja").render(**facts))
+
+
+def page(template: str, title: str, **facts: Any) -> str:
+    """Render a template to a whole page, for a file."""
+    frame = _environment().get_template("page.html.jinja")
+    return str(frame.render(title=title, body=Markup(fragment(template, **facts))))
+
+
+def _environment() -> Environment:
+    found = Environment(
+        loader=PackageLoader("lora_dpo.showing", "templates"),
+        autoescape=True,  # by the file's ending it would be off: it ends in .jinja
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["lines"] = lambda text: Markup(escape(visible(text, keep_lines=True)))
+    return found
+
+
+def _finalize(value: Any) -> Any:
+    """Make what is hidden visible in every string that a template puts out."""
+    return visible(value) if type(value) is str else value
+
+
+class Displayed:
+    """Something with a picture for a terminal, a notebook and a file."""
+
+    template: ClassVar[str]
+
+    @property
+    def title(self) -> str:
+        """The page's."""
+        raise NotImplementedError
+
+    def terminal(self) -> list[RenderableType]:
+        """Return what is printed."""
+        raise NotImplementedError
+
+    def print(self) -> None:
+        """Print it, in colours where the terminal has them."""
+        print_to(self.terminal())
+
+    def to_html(self) -> str:
+        """Return a whole page in one string: no network, no script, light and dark."""
+        return page(self.template, self.title, facts=self)
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the page to a file."""
+        write_text(Path(path), self.to_html())
+
+    def __str__(self) -> str:
+        return as_text(self.terminal())
+
+    def _repr_html_(self) -> str:
+        return fragment(self.template, facts=self)
