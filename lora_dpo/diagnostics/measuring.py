@@ -103,7 +103,7 @@ def _batches(
     model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
 ) -> Iterator[tuple[list[int], LabelledBatch]]:
     """Yield batches of rows of like length, with the place of each row."""
-    device = next(model.parameters()).device
+    device = home_device(model)
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]

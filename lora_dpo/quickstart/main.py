@@ -21,6 +21,7 @@ from lora_dpo.data import collate_labelled
 from lora_dpo.evaluation import Estimate, mean_interval
 from lora_dpo.forward import completion_logps
 from lora_dpo.generation import SideBySide, encode_prompt, generate_side_by_side, prompt_text
+from lora_dpo.heads import home_device
 from lora_dpo.policy import reference
 from lora_dpo.quickstart import DATA_DIR, HERE, MODEL_DIR
 from lora_dpo.quickstart.reward import true_reward
@@ -128,7 +129,7 @@ def _kl_to_reference(
     policy.eval()
     for start in range(0, len(rows), 50):
         batch = collate_labelled(rows[start : start + 50], pad_id=tokenizer.pad_token_id)
-        batch = batch.to(next(policy.parameters()).device)
+        batch = batch.to(home_device(policy))
         with torch.no_grad():
             mine = completion_logps(policy, batch)
         with reference(policy):
