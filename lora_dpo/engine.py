@@ -127,11 +127,13 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
     return taken
 
 
-def recompute_layers(model: nn.Module, count: int, keeps_weights: bool = True) -> None:
-    """Let so many layers, the first ones, keep their input alone until backward."""
+def recompute_layers(
+    model: nn.Module, count: int, *, keeps_weights: bool = True, offloaded: bool = False
+) -> None:
+    """Let so many layers, the first ones, keep their input alone until backward; see ``Work``."""
     work = work_of(causal_lm(model))
     if work is not None:
-        work.recomputed, work.keeps_weights = count, keeps_weights
+        work.recomputed, work.keeps_weights, work.offloaded = count, keeps_weights, offloaded
 
 
 def obstacle(model: nn.Module, longest: int) -> str:

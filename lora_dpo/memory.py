@@ -55,7 +55,11 @@ class Memory:
         self.device, self.alone, self.settings = device, alone, settings
         self.plan = self._planned()
         if self.plan is not None:
-            recompute_layers(model, self.plan.recomputed, self.plan.setting.keeps_weights)
+            how = {
+                "keeps_weights": self.plan.setting.keeps_weights,
+                "offloaded": self.plan.offloaded,
+            }
+            recompute_layers(model, self.plan.recomputed, **how)
 
     def lines(self) -> list[str]:
         """Return the plan in sentences, where there is one."""
@@ -129,6 +133,9 @@ class Memory:
         if work is not None and work.keeps_weights:
             work.keeps_weights = False
             return "no plain weight waits for its second use"
+        if work is not None and layers and not work.offloaded and self.device.type == "cuda":
+            work.offloaded = True
+            return "inputs of layers wait in the memory of the CPU"
         now = self.batches
         if now.max_tokens is not None:
             longest = max(map(laid_tokens, self.rows))

@@ -246,6 +246,17 @@ def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": Rows(rows)}
 
 
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a step, the longest first (it fits or not), those of one prompt together."""
+    longest: dict[str, int] = {}
+    for row in rows:
+        key = row["prompt_key"]
+        longest[key] = max(longest.get(key, 0), row_length(row))
+    return sorted(
+        rows, key=lambda row: (-longest[row["prompt_key"]], row["prompt_key"], -row_length(row))
+    )
+
+
 def row_length(row: Mapping[str, Any]) -> int:
     """Tokens of the longest sequence of a row."""
     return len(row["prompt_ids"]) + max(map(len, _answers(row)))

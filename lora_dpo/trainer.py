@@ -62,6 +62,7 @@ from lora_dpo.stepping import (
     batches_of,
     counted_tokens,
     fitted,
+    in_order,
     keep_rows,
     leave_checkpointing,
     one_batch_a_step,
@@ -202,8 +203,7 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor:
         """Backpropagate the mean loss over all rows of the step; return it, detached."""
         model.train()
-        # the largest first: it fits or not
-        rows = sorted(inputs["rows"].rows, key=row_length, reverse=True)
+        rows = in_order(inputs["rows"].rows)
         tokens, count = over_ranks(
             self.accelerator, self.args.device, sum(map(counted_tokens, rows)), len(rows)
         )

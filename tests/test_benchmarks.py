@@ -44,3 +44,22 @@ def test_the_comparison_says_which_options_there_are() -> None:
     )
     assert done.returncode == 2
     assert "no option ['precompute']" in done.stderr and "trl: fp32, gc" in done.stderr
+
+
+def test_a_point_of_the_scaling_benchmark_is_measured_beside_its_plan() -> None:
+    point = {
+        "layers": 3, "prompt": 24, "response": 16, "pairs": 1, "answers": 3, "engine": "fast",
+        "preset": "tiny", "device": "cpu", "steps": 1,
+    }  # fmt: skip
+    script = ROOT / "benchmarks" / "scaling.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--point", json.dumps(point)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["rows"] == 2 and found["tokens"] == 24 + 3 * 15  # the prompt once, no last tokens
+    assert found["planned_peak_mib"] == pytest.approx(found["peak_mib"], rel=0.1)
+    assert found["products_seconds_floor"] > 0

@@ -171,6 +171,28 @@ def _kept_of_a_layer() -> int:
     return (found[1] - found[0]) // 2
 
 
+def test_pairs_of_one_prompt_share_it_and_an_answer_that_stands_twice_runs_once(
+    policy: PeftModel,
+) -> None:
+    best, middle, worst = [5, 6, 7, 8], [5, 6, 9], [10, 11]
+    prompt = [20, 21, 22]
+    rows = [
+        {"prompt_ids": prompt, "chosen_ids": best, "rejected_ids": middle},
+        {"prompt_ids": [30], "chosen_ids": [31], "rejected_ids": [32, 33]},
+        {"prompt_ids": prompt, "chosen_ids": best, "rejected_ids": worst},
+    ]
+    batch = flat_pairs(rows)
+    # the prompt once, each of three answers once without its last token; the other pair alone
+    assert batch.input_ids.shape[1] == (3 + 3 + 2 + 1) + (1 + 0 + 1)
+    expected = _one_at_a_time(policy, rows)
+    gradient = _gradient(policy, expected)
+    choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    found = completion_logps(policy, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    moved = _gradient(policy, found)
+    assert float((moved - gradient).norm() / gradient.norm()) < 1e-5
+
+
 class _Shapes(TorchDispatchMode):
     """Notes the largest tensor that has a dimension of the vocabulary."""
 

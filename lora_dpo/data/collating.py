@@ -98,9 +98,8 @@ class FlatBatch:
 
 
 def flat_pairs(rows: Sequence[Mapping[str, Any]]) -> FlatBatch:
-    """Lay pairs end to end, each as what its sides share, the rest of chosen, the rest of rejected."""
-    pairs = [(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
-    batch = _flat(pairs, _origins(rows))
+    """Lay pairs end to end: what the answers to one prompt share, then the rest of each answer."""
+    batch = _flat(rows, ["chosen_ids", "rejected_ids"])
     chosen, rejected = (_scores(rows, side) for side in _PAIR)
     return replace(batch, chosen_scores=chosen, rejected_scores=rejected)
 
@@ -109,13 +108,11 @@ def flat_labelled(rows: Sequence[Mapping[str, Any]]) -> FlatBatch:
     """Lay labelled rows end to end."""
     import torch
 
-    origins = _origins(rows)
-    batch = _flat([(row["prompt_ids"], [row["completion_ids"]]) for row in rows], origins)
+    batch = _flat(rows, ["completion_ids"])
     label = torch.tensor([bool(row["label"]) for row in rows])
     if "mismatched_ids" not in rows[0]:
         return replace(batch, label=label)
-    other = _flat([(row["prompt_ids"], [row["mismatched_ids"]]) for row in rows], origins)
-    return replace(batch, label=label, mismatched=other)
+    return replace(batch, label=label, mismatched=_flat(rows, ["mismatched_ids"]))
 
 
 def flat_tokens(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
@@ -124,11 +121,11 @@ def flat_tokens(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
     return len(prompt) + shared + sum(len(answer) - 1 - shared for answer in answers)
 
 
-def _flat(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], origins: tuple[Origin, ...]
-) -> FlatBatch:
+def _flat(rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> FlatBatch:
+    """Lay the answers of rows end to end: those of one prompt behind it, the same one once."""
     import torch
 
+    groups, answer_of = _by_prompt(rows, sides)
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -147,19 +144,36 @@ def _flat(
             found.append([*in_trunk, *range(start, start + len(rest))])
         places.append(found)
         segments.append((trunk, tuple(len(answer) - 1 - shared for answer in answers)))
-    # all first answers, then all second ones
-    order = [(g, a) for a in range(len(groups[0][1])) for g in range(len(groups))]
-    lengths = torch.tensor([len(groups[g][1][a]) for g, a in order])
+    lengths = torch.tensor([len(groups[g][1][a]) for g, a in answer_of])
     return FlatBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
-        places=torch.tensor([place for g, a in order for place in places[g][a]]),
-        targets=torch.tensor([token for g, a in order for token in groups[g][1][a]]),
-        token_rows=torch.repeat_interleave(torch.arange(len(order)), lengths),
+        places=torch.tensor([place for g, a in answer_of for place in places[g][a]]),
+        targets=torch.tensor([token for g, a in answer_of for token in groups[g][1][a]]),
+        token_rows=torch.repeat_interleave(torch.arange(len(answer_of)), lengths),
         lengths=lengths,
         segments=tuple(segments),
-        origins=origins,
+        origins=_origins(rows),
     )
+
+
+Group = tuple[tuple[int, ...], list[tuple[int, ...]]]
+
+
+def _by_prompt(
+    rows: Sequence[Mapping[str, Any]], sides: Sequence[str]
+) -> tuple[list[Group], list[tuple[int, int]]]:
+    """Return prompts with their different answers, and for each row of a batch group and answer."""
+    groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    found = []
+    for side in sides:  # all first answers, then all second ones
+        for row in rows:
+            prompt, answer = tuple(row["prompt_ids"]), tuple(row[side])
+            answers = groups.setdefault(prompt, {})
+            found.append((prompt, answers.setdefault(answer, len(answers))))
+    number = {prompt: i for i, prompt in enumerate(groups)}
+    laid = [(prompt, list(answers)) for prompt, answers in groups.items()]
+    return laid, [(number[prompt], answer) for prompt, answer in found]
 
 
 def _shared(answers: Sequence[Sequence[int]]) -> int:

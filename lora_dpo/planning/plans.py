@@ -38,6 +38,7 @@ class Plan:
         room: bytes that it may take; None where nothing limits it.
         room_is: what limits it, in words.
         recomputed: layers that are recomputed, the first ones.
+        offloaded: whether their inputs wait in the memory of the CPU.
         seconds: of an optimiser step at the full rate of the card: a floor, not an estimate; None
             where no rate is known.
         remedies: what to change, the cheapest first, where it does not fit.
@@ -50,6 +51,7 @@ class Plan:
     room: int | None
     room_is: str
     recomputed: int
+    offloaded: bool = False
     seconds: float | None = None
     remedies: tuple[Remedy, ...] = ()
 
@@ -84,6 +86,7 @@ class Plan:
         """Return the plan in sentences."""
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size)
         layers = f"{self.recomputed} of {self.bytes.layers} layers recomputed"
+        layers += " from inputs in the memory of the CPU" if self.offloaded else ""
         found = [
             f"data: {self.lengths.line()}",
             f"plan: peak {self.peak / GIB:.2f} GiB of tensors with {layers}",
@@ -109,6 +112,7 @@ class Plan:
             "parts": self.parts(),
             "layers": self.bytes.layers,
             "recomputed_layers": self.recomputed,
+            "offloaded": self.offloaded,
             "lengths": asdict(self.lengths),
             "room_bytes": self.room,
             "room_is": self.room_is,
@@ -141,7 +145,7 @@ def make_plan(
     largest = largest_micro_batch(rows, batches.micro_batch, batches.max_tokens)
     accumulates = batches.accumulated > 1
     found = measure(setting, largest, accumulates=accumulates)
-    layers = found.layers if recompute else 0
+    layers, offloaded = found.layers if recompute else 0, False
     if room is not None and recompute:
         fewest = found.fewest_recomputed(room)
         if fewest is None and setting.fast and setting.keeps_weights:
@@ -149,10 +153,14 @@ def make_plan(
             setting = replace(setting, keeps_weights=False)
             found = measure(setting, largest, accumulates=accumulates)
             fewest = found.fewest_recomputed(room)
+        if fewest is None and setting.fast and card is not None:
+            # the inputs of layers wait in the CPU's memory; two of them are on their way
+            found = replace(found, waiting=found.waiting + 2 * found.recomputed, recomputed=0)
+            offloaded, fewest = True, found.fewest_recomputed(room)
         if fewest is not None:
             layers = fewest if setting.fast else found.layers * (fewest > 0)
     lengths = Lengths.of(rows, batches.micro_batch)
-    plan = Plan(found, setting, batches, lengths, room, room_is, layers)
+    plan = Plan(found, setting, batches, lengths, room, room_is, layers, offloaded)
     plan = replace(plan, seconds=_seconds(plan, card))
     return plan if plan.fits is not False else replace(plan, remedies=_remedies(plan, rows))
 

@@ -1,0 +1,199 @@
+"""Time and memory of a step against tokens, pairs, answers of one prompt, and model size.
+
+python benchmarks/scaling.py --out benchmarks/results/scaling_cpu.json
+python benchmarks/scaling.py --device cuda --preset llama3-8b --out benchmarks/results/scaling_h200.json
+
+Each point runs in a process of its own: the policy forward and backward, the reference, the update.
+Beside each figure stand the bytes that the planner predicts and the seconds of the matrix products
+alone, at the rate that a large product reaches on this machine in the same process: the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import compare_trl
+import shapes
+
+BASE = {"layers": 4, "prompt": 128, "response": 128, "pairs": 2, "answers": 2}
+SWEEPS = {
+    "tokens": [{"prompt": n, "response": n} for n in (64, 128, 256, 512)],
+    "pairs": [{"pairs": n} for n in (1, 2, 4, 8)],
+    "answers": [{"answers": n, "pairs": 1} for n in (2, 4, 8)],
+    "layers": [{"layers": n} for n in (2, 4, 8)],
+}
+
+
+def rows_of(point: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
+    """Return pairs with random tokens; more than two answers of a prompt become best against rest."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    rows = []
+    for _ in range(point["pairs"]):
+        prompt, best = draw(point["prompt"]), draw(point["response"])
+        rows += [
+            {"prompt_ids": prompt, "chosen_ids": best, "rejected_ids": draw(point["response"])}
+            for _ in range(point["answers"] - 1)
+        ]
+    return rows
+
+
+def measure_point(point: dict[str, Any]) -> dict[str, Any]:
+    """Run one point in this process."""
+    import torch
+
+    from lora_dpo.config import LoraConfig
+    from lora_dpo.engine import choose_engine, lay_out
+    from lora_dpo.forward import both_logps
+    from lora_dpo.planning import Setting, measure
+    from lora_dpo.policy import load_policy, peft_config
+
+    torch.manual_seed(0)
+    device = torch.device(point["device"])
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = shapes.preset_config(point["preset"], point["layers"])
+    policy = load_policy(shapes.build_nf4(config, device, dtype), lora=LoraConfig())
+    rows = rows_of(point, config.vocab_size)
+    longest = point["prompt"] + point["response"]
+    engine = choose_engine(policy, rows[:2], longest, point["engine"], chunk=256)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=1e-4)
+    policy.train()
+    flat = "rows end to end" in engine
+    batch = lay_out(rows, flat=flat).to(device)
+
+    def step() -> None:
+        ours, theirs = both_logps(policy, batch, chunk=256)
+        chosen, rejected = (ours - theirs).chunk(2)
+        (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    step()
+    seconds = [_timed(step, device) for _ in range(point["steps"])]
+    setting = Setting(
+        config, peft_config(LoraConfig()), dtype=dtype, flat=flat, fast="LoRA layers" in engine
+    )
+    planned = measure(setting, rows, accumulates=False)
+    peak = _peak(step, device)
+    tokens = int(batch.input_ids.numel())
+    width = config.hidden_size // config.num_attention_heads
+    seen = tokens * longest / 2
+    again = planned.layers if setting.fast else 0  # layers that are recomputed
+    predicted = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    passes = 3 + (again > 0)
+    flop = (
+        2 * planned.linears * tokens * passes
+        + 2 * planned.trained * tokens * passes
+        + 2 * config.vocab_size * config.hidden_size * predicted * 3
+        + 4 * width * config.num_attention_heads * planned.layers * seen * (passes + 1.5)
+    )
+    rate = _rate(device, dtype)
+    return {
+        **{key: point[key] for key in (*BASE, "engine", "preset")},
+        "rows": len(rows),
+        "tokens": tokens,
+        "seconds": _spread(seconds),
+        "pairs_per_second": len(rows) / statistics.median(seconds),
+        "peak_mib": peak / 2**20,
+        "planned_peak_mib": planned.activations(again) / 2**20,
+        "products_flop": flop,
+        "products_seconds_floor": flop / rate,
+        "share_of_floor": flop / rate / statistics.median(seconds),
+    }
+
+
+def _timed(step: Any, device: Any) -> float:
+    import torch
+
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _peak(step: Any, device: Any) -> int:
+    """Return the most bytes of a step beyond weights and optimiser state."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.allocating import peak_allocated
+
+    return peak_allocated(step)
+
+
+def _rate(device: Any, dtype: Any) -> float:
+    """Return the FLOP a second of a large matrix product, the best of five."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * n**3 / min(_timed(lambda: torch.mm(a, b), device) for _ in range(5))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def main() -> None:
+    """Run all points, or one that the parent process asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--preset", default="tiny", help="a shape of shapes.py")
+    parser.add_argument("--engines", default="fast,plain")
+    parser.add_argument("--sweeps", default=",".join(SWEEPS), help=f"of {', '.join(SWEEPS)}")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure_point(json.loads(args.point))))
+        return
+    found: dict[str, list[Any]] = {}
+    for sweep in args.sweeps.split(","):
+        for change in SWEEPS[sweep]:
+            for engine in args.engines.split(","):
+                fixed = {"engine": engine, "device": args.device, "preset": args.preset}
+                point = {**BASE, **change, **fixed, "steps": args.steps}
+                with tempfile.TemporaryFile("w+") as errors:
+                    command = [sys.executable, __file__, "--point", json.dumps(point)]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+                    if done.returncode:
+                        errors.seek(0)
+                        raise SystemExit(f"{point}:\n{errors.read()[-2000:]}")
+                result = json.loads(done.stdout.strip().splitlines()[-1])
+                found.setdefault(sweep, []).append(result)
+                print(
+                    f"{sweep:8} {change} {engine:6} {result['seconds']['median']:.3f} s, "
+                    f"{result['peak_mib']:.1f} MiB (planned {result['planned_peak_mib']:.1f}), "
+                    f"{result['share_of_floor']:.0%} of the products' rate"
+                )
+    if args.out:
+        facts = {"machine": compare_trl.machine(args.device), "versions": compare_trl.versions()}
+        args.out.write_text(json.dumps({**facts, "sweeps": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
