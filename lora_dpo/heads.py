@@ -26,9 +26,14 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def home_device(model: nn.Module) -> torch.device:
-    """Return where a model computes: where its head is; the embeddings may be elsewhere."""
-    device: torch.device = next(causal_lm(model).get_output_embeddings().parameters()).device
-    return device
+    """Return where a model computes: where its head is, for the embeddings may be elsewhere.
+
+    Where the head waits on disk, the first weight that is in memory says it.
+    """
+    causal = causal_lm(model)
+    weights = [*causal.get_output_embeddings().parameters(), *causal.parameters()]
+    found = next((weight.device for weight in weights if weight.device.type != "meta"), None)
+    return found or torch.device("cpu")
 
 
 def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
