@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lora_dpo.data import collate_labelled, collate_pairs, flat_labelled, flat_pairs
 from lora_dpo.errors import ConfigError
 from lora_dpo.forward import both_logps, completion_logps
-from lora_dpo.heads import causal_lm, home_device
+from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
 from lora_dpo.policy import shaken, unwrap
+from lora_dpo.stepping import row_length
 
 Engine = Literal["auto", "fast", "plain"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -40,7 +41,21 @@ def has_fast_layers(model: nn.Module) -> bool:
 
 def collate(model: nn.Module, rows: Sequence[Row], *, pad_id: int = 0) -> Any:
     """Return rows as a batch of the layout that the model takes."""
-    return lay_out(rows, flat=is_flat(model), pad_id=pad_id)
+    return lay_out(rows, flat=is_flat(model) and not _beyond_window(model, rows), pad_id=pad_id)
+
+
+def _beyond_window(model: nn.Module, rows: Sequence[Row]) -> bool:
+    """Whether rows are longer than what the model sees: the flat layout knows no window."""
+    window = _window(causal_lm(model).config.get_text_config())
+    return window is not None and max(map(row_length, rows)) > window
+
+
+def _window(text: Any) -> int | None:
+    """Return how many tokens a token sees at most, or None where it sees all."""
+    sliding = getattr(text, "sliding_window", None)
+    sliding = sliding if getattr(text, "use_sliding_window", True) else None
+    windows = [w for w in (sliding, getattr(text, "attention_chunk_size", None)) if w]
+    return min(windows) if windows else None
 
 
 def choose_engine(
@@ -77,20 +92,22 @@ def choose_engine(
     ways = [_Way(False, True), _Way(False, True, False)]
     if not reason:
         ways = [_Way(True, True), _Way(True, True, False), _Way(True, False), *ways]
-    proof = _Proof(model, rows, chunk, with_reference)
+    proof, refused = _Proof(model, rows, chunk, with_reference), ""
     for way in ways:
         if engine == "fast" and not way.flat:
             break
         taken = _take(model, way)
-        if not (way.flat or taken):
+        if way.layers and not taken:
+            refused = refused or str(taken).strip()
             continue
         found = proof.disagreement(flat=way.flat)
         if not found:
             count = len(decoder_layers(causal_lm(model))) if recompute else 0
             recompute_layers(model, count)
-            layers = f"; {taken}" if taken else ""
+            layers = f"; {taken}" if taken else f"; the library's layers ({refused})"
             layout = _FLAT if way.flat else f"padded rows ({reason})"
             return f"engine: fast, {layout}{layers} (proven on two rows)"
+        refused = refused or found
         reason = reason or found
     _take(model, _Way(flat=False, layers=False))
     if engine == "fast":
@@ -121,9 +138,7 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
         release(causal)
         return None
     taken = take(unwrap(model), skips_last=way.skips_last)
-    work = work_of(causal)
-    assert work is not None
-    work.recomputed = (taken.layers + 1) // 2  # so that the proof sees both kinds
+    recompute_layers(model, (taken.layers + 1) // 2)  # so that the proof sees both kinds
     return taken
 
 
@@ -145,13 +160,9 @@ def obstacle(model: nn.Module, longest: int) -> str:
         return f"attention is {attention!r}, the flat layout needs sdpa"
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "it takes no position_ids"
-    window = getattr(text, "sliding_window", None)
-    used = getattr(text, "use_sliding_window", True)
-    if window and used and longest > window:
+    window = _window(text)
+    if window and longest > window:
         return f"its sliding window of {window} is shorter than the longest row of {longest}"
-    chunked = getattr(text, "attention_chunk_size", None)
-    if chunked and longest > chunked:
-        return f"it attends in chunks of {chunked}"
     if getattr(text, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     return ""
@@ -163,11 +174,12 @@ class _Proof:
     def __init__(
         self, model: nn.Module, rows: Sequence[Row], chunk: int, with_reference: bool
     ) -> None:
-        self.model, self.rows, self.chunk = model, rows, chunk
+        # Short rows: the plain way recomputes nothing, and must fit where training does.
+        self.model, self.rows, self.chunk = model, [_short(row) for row in rows], chunk
         self.with_reference = with_reference
         self._expected: list[Tensor] | None = None
         # what 16 bits round differs by layout; in float32 only the order of sums does
-        half = causal_lm(model).get_input_embeddings().weight.dtype != torch.float32
+        half = base_dtype(model) != torch.float32
         self.tolerance = 0.05 if half else 1e-3
 
     def disagreement(self, *, flat: bool) -> str:
@@ -189,14 +201,14 @@ class _Proof:
 
     def _plain(self) -> list[Tensor]:
         causal = causal_lm(self.model)
-        flat, work = is_flat(self.model), work_of(causal)
-        if flat:
+        before, work = causal.config._attn_implementation, work_of(causal)
+        if before == NAME:
             causal.config._attn_implementation = "sdpa"
-        with nullcontext() if work is None else work.turned(off=True):
-            found = self._measured(flat=False)
-        if flat:
-            causal.config._attn_implementation = NAME
-        return found
+        try:
+            with nullcontext() if work is None else work.turned(off=True):
+                return self._measured(flat=False)
+        finally:
+            causal.config._attn_implementation = before
 
     def _measured(self, *, flat: bool) -> list[Tensor]:
         """Return log-probs of the policy, their gradient, and log-probs of the reference."""
@@ -214,11 +226,18 @@ class _Proof:
                 else:
                     ours = completion_logps(self.model, batch, chunk=self.chunk)
                 (ours * torch.linspace(1.0, 2.0, len(ours), device=device)).sum().backward()
-            gradient = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-            return [ours.detach(), torch.cat(gradient), *theirs]
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+            return [ours.detach(), torch.cat([g.flatten() for g in gradient]), *theirs]
         finally:
             self.model.zero_grad(set_to_none=True)
             self.model.train(was_training)
+
+
+def _short(row: Row) -> Row:
+    """Return the end of a row's prompt and the beginnings of its answers."""
+    names = [name for name in row if name.endswith("_ids")]
+    return {**row, **{n: row[n][-24:] if n == "prompt_ids" else row[n][:16] for n in names}}
 
 
 def lay_out(rows: Sequence[Row], *, flat: bool, pad_id: int = 0) -> Any:

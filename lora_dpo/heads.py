@@ -36,13 +36,20 @@ def home_device(model: nn.Module) -> torch.device:
     return found or torch.device("cpu")
 
 
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of what the base does not quantise: that of its computation."""
+    embeddings = causal_lm(model).get_input_embeddings()
+    original = getattr(embeddings, "original_module", embeddings)  # not peft's float32 copy
+    dtype: torch.dtype = original.weight.dtype
+    return dtype
+
+
 def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to the dtype of the base where that is 16 bits: the adapters stay float32."""
-    embeddings = causal_lm(model).get_input_embeddings()
-    weight = getattr(embeddings, "original_module", embeddings).weight  # not peft's float32 copy
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    dtype = base_dtype(model)
+    if dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
-    return torch.autocast(home_device(model).type, dtype=weight.dtype)
+    return torch.autocast(home_device(model).type, dtype=dtype)
 
 
 def check_head(model: nn.Module) -> None:
@@ -69,7 +76,7 @@ def check_head(model: nn.Module) -> None:
             f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "
             f"(they differ by {(ours - dense).abs().max():.3g}); this model is not supported."
         )
-    exact = not torch.is_autocast_enabled() and embeddings.weight.dtype == torch.float32
+    exact = not torch.is_autocast_enabled() and base_dtype(model) == torch.float32
     if not torch.allclose(
         ahead[:, :-1], dense[:, :-1], rtol=0, atol=(1e-5 if exact else 1e-2) * scale
     ):

@@ -8,20 +8,27 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lora_dpo.engine import recompute_layers
+from lora_dpo.engine import is_flat, recompute_layers
 from lora_dpo.errors import TrainingError
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers, work_of
 from lora_dpo.metrics import peak_gib
-from lora_dpo.planning import Batches, Plan, largest_micro_batch, plan_policy
+from lora_dpo.planning import (
+    Batches,
+    Plan,
+    largest_micro_batch,
+    optimiser_bytes,
+    plan_policy,
+)
 from lora_dpo.randomness import random_state, restore_random
 from lora_dpo.stats import AnyStats
-from lora_dpo.stepping import laid_tokens
+from lora_dpo.stepping import batch_tokens
 
 logger = logging.getLogger("lora_dpo")
 
@@ -53,6 +60,8 @@ class Memory:
     ) -> None:
         self.model, self.rows, self.batches = model, rows, batches
         self.device, self.alone, self.settings = device, alone, settings
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._optimiser = int(optimiser_bytes(settings["args"]) * trained)
         self.plan = self._planned()
         if self.plan is not None:
             how = {
@@ -81,10 +90,12 @@ class Memory:
         """
 
         def attempt() -> None:
-            rows = largest_micro_batch(self.rows, self.batches.micro_batch, self.batches.max_tokens)
+            rows = largest_micro_batch(self.rows, self.batches, flat=is_flat(self.model))
             values = collect(self.model, rows).present()
+            held = torch.empty(self._optimiser, dtype=torch.uint8, device=self.device)
             policy = [v.sum() for name, v in values.items() if v.requires_grad and "policy" in name]
             torch.stack(policy).sum().backward()
+            del held  # what the optimiser will have allocated by the second step
 
         was_training = self.model.training
         self.model.train()
@@ -138,10 +149,11 @@ class Memory:
             return "inputs of layers wait in the memory of the CPU"
         now = self.batches
         if now.max_tokens is not None:
-            longest = max(map(laid_tokens, self.rows))
+            flat = is_flat(self.model)
+            longest = max(batch_tokens([row], flat) for row in self.rows)
             smaller = max(longest, now.max_tokens // 2)
             if smaller < now.max_tokens:
-                self.batches = Batches(now.micro_batch, now.accumulated, smaller)
+                self.batches = replace(now, max_tokens=smaller)
                 return f"a micro-batch has at most {smaller} tokens"
         elif now.micro_batch > 1:
             half = now.micro_batch // 2
@@ -159,6 +171,10 @@ class Memory:
         except Exception:  # the message matters more than its numbers
             plan = None
         remedies = plan.remedies[:3] if plan is not None else ()
+        if not remedies:
+            return (
+                f"{text} Nothing exact is left to be spared: take a smaller base or a larger card."
+            )
         return "\n".join([f"{text} What takes less, the cheapest first:", *map(str, remedies)])
 
 
@@ -166,5 +182,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a card or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "CUDA out of memory" in text
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)

@@ -20,7 +20,7 @@ from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.randomness import random_state, restore_random
 from lora_dpo.stats import AnyStats
-from lora_dpo.stepping import laid_tokens
+from lora_dpo.stepping import batch_tokens
 
 Row = Mapping[str, Any]
 
@@ -43,7 +43,8 @@ class Passes:
         backward: what takes a loss backwards (accelerate's, which scales and counts).
         no_sync: a context in which gradients of ranks are not yet added up.
         micro_batch: rows at a time.
-        max_tokens: tokens at a time, in place of rows.
+        max_tokens: tokens at a time, in place of rows; a longer row has a micro-batch to itself.
+        flat: whether they are laid end to end; else padding counts.
     """
 
     objective: BoundObjective
@@ -52,6 +53,7 @@ class Passes:
     no_sync: Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
     micro_batch: int
     max_tokens: int | None = None
+    flat: bool = True
 
     def __call__(
         self,
@@ -85,14 +87,10 @@ class Passes:
         if self.max_tokens is None:
             return [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
         parts: list[list[Row]] = []
-        room = 0
         for row in rows:
-            tokens = laid_tokens(row)
-            if tokens > room or not parts:
+            if not parts or batch_tokens([*parts[-1], row], self.flat) > self.max_tokens:
                 parts.append([])
-                room = self.max_tokens
             parts[-1].append(row)
-            room -= tokens
         return list(parts)
 
     def _in_two_passes(

@@ -28,6 +28,7 @@ from lora_dpo.data import (
 )
 from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError, TrainingError
+from lora_dpo.heads import base_dtype
 from lora_dpo.objectives import BoundObjective
 
 logger = logging.getLogger("lora_dpo")
@@ -84,7 +85,7 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     args.dataloader_pin_memory = (
         False  # rows travel as lists; tensors are made a micro-batch at a time
     )
-    half = policy.get_input_embeddings().weight.dtype == torch.float16
+    half = base_dtype(policy) == torch.float16
     if half and args.device.type == "cuda":
         # for the gradient scaler alone; forward() chooses the arithmetic itself
         args.fp16, args.mixed_precision = True, "fp16"
@@ -267,6 +268,13 @@ def laid_tokens(row: Mapping[str, Any]) -> int:
     tokens = flat_tokens(row["prompt_ids"], _answers(row))
     other = row.get("mismatched_ids")
     return max(tokens, flat_tokens(row["prompt_ids"], [other])) if other else tokens
+
+
+def batch_tokens(rows: Sequence[Mapping[str, Any]], flat: bool) -> int:
+    """Tokens of a micro-batch, as it is laid out: each row's own, or all as long as the longest."""
+    if flat:
+        return sum(map(laid_tokens, rows))
+    return max(map(row_length, rows)) * sum(len(_answers(row)) for row in rows)
 
 
 def row_tokens(row: Mapping[str, Any]) -> int:

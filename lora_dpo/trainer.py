@@ -34,7 +34,7 @@ from lora_dpo.checkpoints import (
     rotate,
     seal_checkpoint,
 )
-from lora_dpo.engine import Engine, choose_engine, has_fast_layers
+from lora_dpo.engine import Engine, choose_engine, has_fast_layers, is_flat
 from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats
 from lora_dpo.heads import check_head
@@ -173,23 +173,24 @@ class PreferenceTrainer(Trainer):
         self.label_names = []
         replace_console(self)
         check_head(self.model)
-        longest = max(map(row_length, self.train_dataset))
+        longest = max(map(row_length, [*train.rows, *(held_out.rows if held_out else [])]))
         how: Any = {"chunk": chunk_tokens, "recompute": recomputes(self.args)}
         how["with_reference"] = self.objective.reference
         self.engine = choose_engine(self.model, self._first_rows(), longest, engine, **how)
-        self.memory = self._memory(train.rows, args=args, budget_gib=memory_budget_gib, **how)
         if has_fast_layers(self.model):
             leave_checkpointing(self.args)
         if reference_cache is not None:  # now that the layout is known, which its key holds
-            width = args.per_device_eval_batch_size if held_out else self.micro_batch
-            how = {"batch_size": width, "chunk": chunk_tokens}
-            kept = stored_rows(policy, bound, (train, held_out), reference_cache, **how)
+            width = args.per_device_eval_batch_size if held_out else self._batches.micro_batch
+            sets, forward = (train, held_out), {"batch_size": width, "chunk": chunk_tokens}
+            kept = stored_rows(policy, bound, sets, reference_cache, **forward)
             self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
+            how["with_reference"] = False
+        self.memory = self._memory(args=args, budget_gib=memory_budget_gib, **how)
 
-    def _memory(self, rows: Any, **settings: Any) -> Memory:
+    def _memory(self, **settings: Any) -> Memory:
         alone = self.accelerator.num_processes == 1
         options: Any = {"device": self.args.device, "alone": alone, "settings": settings}
-        return Memory(self.model, rows, self._batches, **options)
+        return Memory(self.model, self.train_dataset, self._batches, **options)
 
     @property
     def micro_batch(self) -> int:
@@ -219,6 +220,7 @@ class PreferenceTrainer(Trainer):
                 self.accelerator.no_sync,
                 self.memory.batches.micro_batch,
                 self.memory.batches.max_tokens,
+                is_flat(self.model),
             )
             return passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import collate_pairs, flat_pairs
-from lora_dpo.engine import choose_engine, has_fast_layers
+from lora_dpo.engine import choose_engine, collate, has_fast_layers
 from lora_dpo.forward import both_logps, completion_logps, pair_stats
 from lora_dpo.layers import decoder_layers, release, take, work_of
 from lora_dpo.planning.imagined import Ledger
@@ -191,6 +191,88 @@ def test_pairs_of_one_prompt_share_it_and_an_answer_that_stands_twice_runs_once(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     moved = _gradient(policy, found)
     assert float((moved - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_a_pair_that_shares_more_with_itself_than_with_its_prompts_others_stays_alone() -> None:
+    rows = [
+        {"prompt_ids": [3], "chosen_ids": [4] * 5 + [5], "rejected_ids": [4] * 5 + [3]},
+        {"prompt_ids": [3], "chosen_ids": [5], "rejected_ids": [3]},
+    ]
+    alone = sum(flat_pairs([row]).input_ids.shape[1] for row in rows)
+    assert flat_pairs(rows).input_ids.shape[1] == alone == 7
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=2, targets=["q_proj", "v_proj"], modules_to_save=["mlp"]),
+        LoraConfig(rank=2, targets=["q_proj", "down_proj", "lm_head"]),
+        LoraConfig(rank=2, modules_to_save=["lm_head"]),
+        LoraConfig(rank=2, modules_to_save=["embed_tokens", "norm"]),
+    ],
+)
+def test_what_else_is_trained_gets_its_gradient_beside_the_fast_layers(
+    tiny_model: Path, lora: LoraConfig
+) -> None:
+    base = _model("llama") if "mlp" in lora.modules_to_save else tiny_model  # no whole 4-bit copy
+    policy = load_policy(base, lora=lora).eval()
+    move_adapter(policy)
+    expected = _one_at_a_time(policy, ROWS)
+    gradient = _gradient(policy, expected)
+    line = choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    assert has_fast_layers(policy), line
+    batch = flat_pairs(ROWS)
+    with reference(policy):
+        theirs = completion_logps(policy, batch)
+    for recomputed in (0, 2):
+        _state(policy).recomputed = recomputed
+        ours, other = both_logps(policy, batch)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-4)
+        found = _gradient(policy, ours)
+        assert float((found - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_rows_beyond_a_sliding_window_are_padded_wherever_they_come_from() -> None:
+    policy = load_policy(_model("mistral", sliding_window=12), lora=LoraConfig(rank=2)).eval()
+    move_adapter(policy)
+    assert "rows end to end" in choose_engine(policy, ROWS, 9, "auto", chunk=64)
+    expected = _one_at_a_time(policy, LONG)
+    found = completion_logps(policy, collate(policy, LONG))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert hasattr(collate(policy, ROWS), "segments")
+
+
+def test_checkpointing_that_is_asked_for_later_holds_for_every_batch(policy: PeftModel) -> None:
+    choose_engine(policy, ROWS, 9, "fast", chunk=64, recompute=False)
+    policy.train()
+    assert _state(policy).recomputed == 0
+    for layer in decoder_layers(policy.get_base_model()):
+        layer.gradient_checkpointing = True
+    for _ in range(3):
+        completion_logps(policy, flat_pairs(ROWS)).sum().backward()
+        assert _state(policy).recomputed == 2
+
+
+def test_layers_that_others_have_patched_or_that_are_not_known_are_left_to_the_library(
+    policy: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = decoder_layers(policy.get_base_model())[0]
+    calls = []
+    original = layer.forward
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = patched
+    line = choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    assert "patched" in line and not has_fast_layers(policy)
+    completion_logps(policy, flat_pairs(ROWS))
+    assert calls and layer.forward is patched
+    del layer.forward
+    monkeypatch.setattr("lora_dpo.layers.decoder_layers", lambda causal: [])
+    assert "of its own kind" in choose_engine(policy, ROWS, 9, "fast", chunk=64)
 
 
 class _Shapes(TorchDispatchMode):

@@ -125,7 +125,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_what_a_step_allocates(
         )
         trainer.model.enable_input_require_grads()
     trainer.create_optimizer()
-    longest = largest_micro_batch(list(rows.rows), 2)
+    longest = largest_micro_batch(list(rows.rows), Batches(2))
     others = [row for row in rows.rows if row not in longest][:2]
 
     from lora_dpo.stepping import Rows
@@ -214,7 +214,7 @@ def test_each_remedy_spares_what_it_says() -> None:
     keep = replace(plan.setting)
 
     def peak(other: Setting, rows: Any = ROWS, micro: int = 3) -> int:
-        return measure(other, largest_micro_batch(rows, micro)).peak()
+        return measure(other, largest_micro_batch(rows, Batches(micro))).peak()
 
     expected = {
         "train.per_device_train_batch_size": peak(keep, micro=1),
@@ -405,3 +405,35 @@ def test_embeddings_on_the_cpu_change_no_number_and_tied_ones_are_refused(
         load_policy(tied, lora=LORA, embeddings_on_cpu=True)
     with pytest.raises(ModelError, match="unquantised"):
         load_policy(wide_model, quantisation="none", lora=LORA, embeddings_on_cpu=True)
+
+
+def test_the_largest_micro_batch_has_different_prompts_and_no_more_rows_than_a_step() -> None:
+    same = [_row(100, 30, 30 + i) for i in range(4)]
+    others = [{**_row(95, 20, 20), "prompt_ids": list(range(i, i + 95))} for i in range(200, 203)]
+    found = largest_micro_batch([*same, *others], Batches(4))
+    prompts = {tuple(row["prompt_ids"]) for row in found}
+    assert len(prompts) == 4
+    for flat in (True, False):
+        few = largest_micro_batch([*same, *others], Batches(1, 2, max_tokens=10**6), flat=flat)
+        assert len(few) == 2
+
+
+def test_a_plan_from_a_saved_adapter_and_of_8_bits_and_what_is_not_planned(
+    wide_model: Path, preferences: Path, tmp_path: Path
+) -> None:
+    from lora_dpo.errors import ModelError
+
+    plain = _config(wide_model, preferences, tmp_path)
+    load_policy(wide_model, lora=LORA).save_pretrained(tmp_path / "sft")
+    values = plain.to_dict()
+    values["model"]["adapter"] = str(tmp_path / "sft")
+    del values["lora"]
+    started = lora_dpo.plan(values)
+    fresh = lora_dpo.plan(plain)
+    assert started.bytes.adapters == 2 * fresh.bytes.adapters  # the frozen one beside it
+    eight = lora_dpo.plan(plain.replace("model.quantisation", "int8"))
+    assert eight.bytes.quantised > 1.8 * fresh.bytes.quantised
+    assert eight.bytes.kept > fresh.bytes.kept  # the fast layers leave 8 bits to the library
+    one = plain.replace("lora.targets", ".*layers\\.1\\..*q_proj")
+    with pytest.raises(ModelError, match="some of the layers alone"):
+        lora_dpo.plan(one)

@@ -164,16 +164,27 @@ def _by_prompt(
     rows: Sequence[Mapping[str, Any]], sides: Sequence[str]
 ) -> tuple[list[Group], list[tuple[int, int]]]:
     """Return prompts with their different answers, and for each row of a batch group and answer."""
-    groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    found = []
-    for side in sides:  # all first answers, then all second ones
-        for row in rows:
-            prompt, answer = tuple(row["prompt_ids"]), tuple(row[side])
-            answers = groups.setdefault(prompt, {})
-            found.append((prompt, answers.setdefault(answer, len(answers))))
-    number = {prompt: i for i, prompt in enumerate(groups)}
-    laid = [(prompt, list(answers)) for prompt, answers in groups.items()]
-    return laid, [(number[prompt], answer) for prompt, answer in found]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(i)
+    laid: list[Group] = []
+    group_of = [0] * len(rows)
+    for prompt, members in by_prompt.items():
+        answers = [[tuple(rows[i][side]) for side in sides] for i in members]
+        together = list(dict.fromkeys(answer for row in answers for answer in row))
+        apart = [list(dict.fromkeys(row)) for row in answers]
+        # a pair may share more with itself than with the others of its prompt
+        merged = flat_tokens(prompt, together) <= sum(flat_tokens(prompt, row) for row in apart)
+        for i in members:
+            group_of[i] = len(laid) if merged else len(laid) + members.index(i)
+        laid += [(prompt, row) for row in ([together] if merged else apart)]
+    # all first answers, then all second ones
+    places = [
+        (group_of[i], laid[group_of[i]][1].index(tuple(row[side])))
+        for side in sides
+        for i, row in enumerate(rows)
+    ]
+    return laid, places
 
 
 def _shared(answers: Sequence[Sequence[int]]) -> int:

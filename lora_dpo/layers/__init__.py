@@ -64,10 +64,19 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
     release(causal)
     work = Work()
     layers = decoder_layers(causal)
+    if not layers or any("forward" in vars(layer) for layer in layers):
+        why = (
+            "decoder layers that others have patched"
+            if layers
+            else "decoder layers of its own kind"
+        )
+        return Taken(0, 0, 0, (why,), False)
     inside = {module for layer in layers for module in layer.modules()}
     loras: list[Any] = [module for module in causal.modules() if isinstance(module, LoraLayer)]
     reasons = {module: obstacle(module) for module in loras}
     gated = [module for module in inside if is_gated(module)]
+    head = causal.get_output_embeddings()  # it is run again by itself where it is trained
+    reasons |= {module: "the head" for module in loras if module is head}
     fast = [module for module in loras if not reasons[module]]
     for module in gated:
         take_mlp(module, work)
@@ -77,7 +86,7 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
         take_layer(layer, work, (number, number + 1 == len(layers)))
     work.taken = [*gated, *fast, *layers]
     saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in causal.modules())
-    work.fusable = bool(layers) and len(fast) == len(loras) and inside >= set(loras) and not saved
+    work.fusable = len(fast) == len(loras) and inside >= set(loras) and not saved
     work.recomputed, work.skips_last = min(recomputed, len(layers)), skips_last
     work.random = any(
         isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()

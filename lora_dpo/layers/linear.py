@@ -113,6 +113,8 @@ def obstacle(module: Any) -> str:
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if type(base) is not nn.Linear and type(base).__name__ != "Linear4bit":
         return f"{type(base).__name__} layers"
+    if any(p.requires_grad for p in base.parameters(recurse=False)):
+        return "layers that are trained whole"
     for part in (module, base):
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return "layers with hooks"

@@ -81,10 +81,10 @@ def run_layer(
         return out[0]  # type: ignore[no-any-return]
 
     number, is_last = place
-    recomputes = number < work.recomputed or layer.gradient_checkpointing
-    layer.gradient_checkpointing = False  # the library's own, should anyone have asked for it since
+    if layer.gradient_checkpointing:  # somebody has asked the library for it since
+        work.recomputed, layer.gradient_checkpointing = max(work.recomputed, number + 1), False
     with work.keeping_weights() if work.fused else nullcontext():
-        out = _policy_part(layer, work, recomputes, hidden, call)
+        out = _policy_part(layer, work, number < work.recomputed, hidden, call)
         if work.fused:
             theirs = hidden.detach() if work.reference_state is None else work.reference_state
             with torch.no_grad(), work.turned(as_reference=True):

@@ -1,6 +1,6 @@
 """Whether a run fits a card, before any weight is loaded: bytes by part, time, and what to change."""
 
-from lora_dpo.planning.asking import plan, plan_policy
+from lora_dpo.planning.asking import optimiser_bytes, plan, plan_policy
 from lora_dpo.planning.cards import CARDS, Card, card_of, this_card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
@@ -20,6 +20,7 @@ __all__ = [
     "largest_micro_batch",
     "make_plan",
     "measure",
+    "optimiser_bytes",
     "plan",
     "plan_policy",
     "this_card",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch import nn
 from lora_dpo.arguments import build_arguments
 from lora_dpo.config import Config
 from lora_dpo.engine import is_flat, obstacle
-from lora_dpo.errors import ModelError
+from lora_dpo.errors import LoraDpoError, ModelError
 from lora_dpo.guards import check_context
-from lora_dpo.heads import causal_lm, home_device
+from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import work_of
 from lora_dpo.planning.cards import GIB, RESERVED, Card, card_of, this_card
 from lora_dpo.planning.imagined import imagined_policy, imagining
@@ -28,6 +29,7 @@ from lora_dpo.policy import (
     compute_dtype,
     peft_config,
     policy_adapter,
+    stored_kind,
     unwrap,
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
@@ -58,27 +60,55 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
     rows = list(prepare_data(config, load_tokenizer(config), objective.data).train.rows)
     arguments = build_arguments(config.train.further, output_dir=config.output.dir, evaluates=False)
     adapter = config.model.adapter
+    stored = getattr(architecture, "quantization_config", None)
+    if config.model.attention != "auto":
+        architecture._attn_implementation = config.model.attention
     lora: Any = _stored_lora(adapter) if adapter else peft_config(config.lora)
     setting = Setting(
         architecture,
         lora,
         dtype=_dtype(config.model.compute_dtype, card, given=gpu is not None),
-        quantisation=config.model.quantisation,
-        double=config.model.double_quantisation,
+        quantisation=stored_kind(stored) if stored else config.model.quantisation,
+        double=_double(stored) if stored else config.model.double_quantisation,
         with_reference=objective.reference and not config.train.cache_reference,
         chunk=config.train.chunk_tokens,
         optimiser=optimiser_bytes(arguments),
         embeddings_on_cpu=config.model.embeddings_on_cpu,
         starts_from_adapter=adapter is not None,
     )
-    setting = _as_the_engine_would(setting, config.train.engine, max(map(row_length, rows)))
+    _refuse_what_depth_changes(lora)
     budget = config.train.memory_budget_gib
     room, words = (card.room, card.name) if card else (None, "")
     if budget is not None:
         room, words = int(budget * GIB), "train.memory_budget_gib"
     batches = batches_of(arguments, config.train.max_tokens_per_batch)
     options: dict[str, Any] = {"recompute": recomputes(arguments), "card": card}
-    return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+    try:
+        longest = max(map(row_length, rows))
+        setting = _as_the_engine_would(setting, config.train.engine, longest)
+        return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+    except LoraDpoError:
+        raise
+    except Exception as error:  # whatever a library says to tensors without values
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"plan: a step of {config.model.base!r} with these settings cannot be run without weights "
+            f"({type(error).__name__}: {reason}). Training may work all the same."
+        ) from None
+
+
+def _refuse_what_depth_changes(lora: Any) -> None:
+    named = isinstance(lora.target_modules, str) and re.search(r"\d", lora.target_modules)
+    if named or getattr(lora, "layers_to_transform", None) is not None:
+        raise ModelError(
+            "plan: LoRA on some of the layers alone is not planned, for all layers are taken to be "
+            "alike; name targets without the numbers of layers."
+        )
+
+
+def _double(stored: Any) -> bool:
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    return bool(values.get("bnb_4bit_use_double_quant", False))
 
 
 def plan_policy(
@@ -107,12 +137,14 @@ def plan_policy(
     stored = getattr(causal.config, "quantization_config", None)
     kinds = {type(module).__name__ for module in model.modules()}
     kind = "nf4" if "Linear4bit" in kinds else "int8" if "Linear8bitLt" in kinds else "none"
-    embeddings = causal.get_input_embeddings().weight
+    embeddings = causal.get_input_embeddings()
+    place = getattr(embeddings, "original_module", embeddings).weight.device
     lora: Any = model.peft_config[policy_adapter(model)]
+    _refuse_what_depth_changes(lora)
     setting = Setting(
         causal.config,
         lora,
-        dtype=causal.get_output_embeddings().weight.dtype,
+        dtype=base_dtype(policy),
         quantisation=kind,
         double=bool(getattr(stored, "bnb_4bit_use_double_quant", True)),
         flat=is_flat(policy),
@@ -121,7 +153,7 @@ def plan_policy(
         with_reference=with_reference,
         chunk=chunk,
         optimiser=optimiser_bytes(args),
-        embeddings_on_cpu=embeddings.device.type != device.type,
+        embeddings_on_cpu=place.type != device.type,
         starts_from_adapter=REFERENCE in model.peft_config,
     )
     options: dict[str, Any] = {"recompute": recompute, "card": card}

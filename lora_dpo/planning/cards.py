@@ -79,6 +79,15 @@ def this_card(device: torch.device | None = None) -> Card | None:
         return None
     facts = torch.cuda.get_device_properties(device or torch.cuda.current_device())
     name = facts.name.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
-    known = next((card for key, card in CARDS.items() if name.startswith(key.split("-")[0])), None)
+    name = name.replace("tesla", "")
+    gib = facts.total_memory / GIB
+    known = CARDS.get(name) or next(
+        (
+            card
+            for key, card in CARDS.items()
+            if key[0] in "ah" and name.startswith(key.split("-")[0]) and abs(card.gib - gib) < 2
+        ),
+        None,
+    )
     rates = (known.tflops, known.gb_per_s) if known else (None, None)
     return Card(facts.name, facts.total_memory / GIB, *rates, torch.cuda.is_bf16_supported())

@@ -43,6 +43,10 @@ class Linear4bit(nn.Linear):
         return _Dequantised.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class Linear8bitLt(Linear4bit):
+    """The same for 8 bits; its name keeps the fast layers off it, as in a run."""
+
+
 def _scales(count: int, outputs: int, bits: int, double: bool) -> tuple[int, ...]:
     """Return the bytes of the quantisation's own tensors."""
     if bits == 8:
@@ -79,7 +83,9 @@ def imagined_policy(
         if quantisation != "none":
             _quantise(model, 8 if quantisation == "int8" else 4, double)
         model.requires_grad_(False)
-        policy: Any = peft.get_peft_model(model, copy.deepcopy(lora))  # it resolves its targets
+        own = copy.deepcopy(lora)  # peft resolves its targets in place
+        own.inference_mode = False
+        policy: Any = peft.get_peft_model(model, own)
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -109,7 +115,8 @@ def _quantise(model: Any, bits: int, double: bool) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
-                setattr(parent, name, Linear4bit(child, bits, double))
+                kind = Linear8bitLt if bits == 8 else Linear4bit
+                setattr(parent, name, kind(child, bits, double))
 
 
 class Ledger(TorchDispatchMode):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_dpo.stepping import laid_tokens, row_length, row_tokens
+from lora_dpo.stepping import Batches, batch_tokens, laid_tokens, row_length, row_tokens
 
 Row = Mapping[str, Any]
 
@@ -65,19 +65,28 @@ class Lengths:
         )
 
 
-def largest_micro_batch(
-    rows: Sequence[Row], micro_batch: int, max_tokens: int | None = None
-) -> list[Row]:
-    """Return the rows that together take most: the longest ones that can meet in a micro-batch."""
-    ordered = sorted(rows, key=laid_tokens, reverse=True)
-    if max_tokens is None:
-        return ordered[:micro_batch]
-    found, room = [ordered[0]], max_tokens - laid_tokens(ordered[0])
+def largest_micro_batch(rows: Sequence[Row], batches: Batches, *, flat: bool = True) -> list[Row]:
+    """Return the rows that together take most: the longest ones that can meet in a micro-batch.
+
+    Rows of one prompt share it and take less; they come in where there are too few others.
+    """
+    ordered = sorted(rows, key=laid_tokens if flat else row_length, reverse=True)
+    seen: set[tuple[int, ...]] = set()
+    repeated = [id(row) for row in ordered if not _first(tuple(row["prompt_ids"]), seen)]
+    again = set(repeated)
+    ordered.sort(key=lambda row: id(row) in again)
+    if batches.max_tokens is None:
+        return ordered[: batches.micro_batch]
+    found = ordered[:1]
     for row in ordered[1:]:
-        tokens = laid_tokens(row)
-        if tokens <= room:
-            found.append(row)
-            room -= tokens
-        if room <= 0:
+        if len(found) == batches.micro_batch * batches.accumulated:
             break
+        if batch_tokens([*found, row], flat) <= batches.max_tokens:
+            found.append(row)
     return found
+
+
+def _first(prompt: tuple[int, ...], seen: set[tuple[int, ...]]) -> bool:
+    new = prompt not in seen
+    seen.add(prompt)
+    return new

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_dpo.engine import lay_out
 from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.layers import NAME, take, work_of
-from lora_dpo.planning.imagined import Ledger, imagined_policy, imagining, use_stand_ins
+from lora_dpo.planning.imagined import Ledger, Linear4bit, imagined_policy, imagining, use_stand_ins
 
 Row = Mapping[str, Any]
 DEPTHS = (2, 3)
@@ -143,7 +143,9 @@ class Bytes:
 
     def peak(self, recomputed: int | None = None) -> int:
         """Most bytes at one time in a step, with so many layers recomputed; all, if left out."""
-        return self.static + self.activations(self.layers if recomputed is None else recomputed)
+        after = 0 if self.gradients else 4 * self.trained  # they are there when backward ends
+        layers = self.layers if recomputed is None else recomputed
+        return self.static + max(self.activations(layers), after)
 
     def fewest_recomputed(self, room: int) -> int | None:
         """Return how few layers must be recomputed to stay within ``room`` bytes; None: too many."""
@@ -252,7 +254,7 @@ def _weights(policy: Any) -> dict[str, int]:
     causal = policy.get_base_model()
     trained = [p for p in policy.parameters() if p.requires_grad]
     embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    packed = [m for m in policy.modules() if type(m).__name__ == "Linear4bit"]
+    packed = [m for m in policy.modules() if isinstance(m, Linear4bit)]
     return {
         "embeddings": _bytes(embeddings),
         "head": 0 if head.weight is embeddings.weight else _bytes(head),

@@ -9,7 +9,7 @@ from typing import Any
 from lora_dpo.planning.cards import GIB, Card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
-from lora_dpo.stepping import Batches, laid_tokens
+from lora_dpo.stepping import Batches, batch_tokens, laid_tokens
 
 Row = Mapping[str, Any]
 
@@ -142,7 +142,7 @@ def make_plan(
         recompute: whether layers may be recomputed: as few as fit; all where nothing limits it.
         card: whose rates the time is computed with.
     """
-    largest = largest_micro_batch(rows, batches.micro_batch, batches.max_tokens)
+    largest = largest_micro_batch(rows, batches, flat=setting.flat)
     accumulates = batches.accumulated > 1
     found = measure(setting, largest, accumulates=accumulates)
     layers, offloaded = found.layers if recompute else 0, False
@@ -182,10 +182,10 @@ def _remedies(plan: Plan, rows: Sequence[Row]) -> tuple[Remedy, ...]:
         cost = "a third more computing"
         spare("train.gradient_checkpointing: true", cost, plan.bytes)
     if batches.micro_batch > 1 or batches.max_tokens:
-        one = largest_micro_batch(rows, 1)
+        one = largest_micro_batch(rows, Batches(1), flat=setting.flat)
         change = "train.per_device_train_batch_size: 1 (and as many more accumulation steps)"
         if batches.max_tokens:
-            change = f"train.max_tokens_per_batch: {laid_tokens(one[0])}"
+            change = f"train.max_tokens_per_batch: {batch_tokens(one, setting.flat)}"
         spare(change, "no number changes; smaller matrix products", measured(one))
     if not setting.embeddings_on_cpu and not _tied(setting) and plan.bytes.embeddings:
         other = replace(plan.bytes, unquantised=plan.bytes.unquantised - plan.bytes.embeddings)
@@ -200,7 +200,7 @@ def _remedies(plan: Plan, rows: Sequence[Row]) -> tuple[Remedy, ...]:
     nine_tenths = ordered[: max(1, len(ordered) * 9 // 10)]
     if laid_tokens(nine_tenths[-1]) < laid_tokens(ordered[-1]):
         limit = plan.lengths.ninth
-        few = largest_micro_batch(nine_tenths, batches.micro_batch, batches.max_tokens)
+        few = largest_micro_batch(nine_tenths, batches, flat=setting.flat)
         cost = (
             f"{len(ordered) - len(nine_tenths)} of {len(ordered)} rows are dropped (data.overflow)"
         )

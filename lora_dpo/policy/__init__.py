@@ -11,7 +11,13 @@ from lora_dpo.policy.adapters import (
     save_adapter,
     snapshot_reference,
 )
-from lora_dpo.policy.bases import check_base, compute_dtype, default_device, load_base
+from lora_dpo.policy.bases import (
+    check_base,
+    compute_dtype,
+    default_device,
+    load_base,
+    stored_kind,
+)
 from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
 from lora_dpo.policy.identity import reference_identity
 from lora_dpo.policy.moving import (
@@ -66,6 +72,7 @@ __all__ = [
     "save_adapter",
     "shaken",
     "snapshot_reference",
+    "stored_kind",
     "unwrap",
     "write_reference",
 ]

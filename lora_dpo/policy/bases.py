@@ -73,7 +73,22 @@ def check_base(settings: ModelConfig) -> Any:
         ) from None
     _refuse_architecture(where, config)
     _refuse_quantisation(where, config, settings)
+    if settings.embeddings_on_cpu:
+        _refuse_moved_embeddings(config, settings)
     return config
+
+
+def _refuse_moved_embeddings(config: Any, settings: ModelConfig) -> None:
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        raise ModelError(
+            "model.embeddings_on_cpu: this model's embeddings are its head too, which computes on the "
+            "device; leave the setting out."
+        )
+    if settings.quantisation == "none" and not getattr(config, "quantization_config", None):
+        raise ModelError(
+            "model.embeddings_on_cpu: the trainer moves an unquantised model as a whole; leave the "
+            "setting out, or quantise the base."
+        )
 
 
 def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:
@@ -111,24 +126,9 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
 
 
 def keep_embeddings_on_cpu(base: PreTrainedModel) -> None:
-    """Look token embeddings up in the memory of the CPU; the model's device gets the vectors.
-
-    Raises:
-        ModelError: the head is the same tensor, or the library would move it back.
-    """
+    """Look token embeddings up in the memory of the CPU; the model's device gets the vectors."""
     embeddings: Any = base.get_input_embeddings()
-    head = base.get_output_embeddings()
-    if head is None or head.weight is embeddings.weight:
-        raise ModelError(
-            "model.embeddings_on_cpu: this model's embeddings are its head too, which computes on the "
-            "device; leave the setting out."
-        )
-    if not getattr(base, "is_quantized", False):
-        raise ModelError(
-            "model.embeddings_on_cpu: the trainer moves an unquantised model as a whole; leave the "
-            "setting out, or quantise the base."
-        )
-    device = head.weight.device
+    device = next(base.get_output_embeddings().parameters()).device
     embeddings.to("cpu")
     embeddings.forward = partial(_looked_up, embeddings, device)
 
@@ -249,7 +249,7 @@ def _refuse_quantisation(where: str, config: Any, settings: ModelConfig) -> None
                 f"{where}: the checkpoint is quantised by {method}, which cannot be dequantised for a "
                 "proven merge; use the unquantised checkpoint or a bitsandbytes one."
             )
-        kind = _stored_kind(stored)
+        kind = stored_kind(stored)
         if settings.quantisation not in ("nf4", kind):  # nf4 is what nobody has asked for
             raise ModelError(
                 f"{where}: the checkpoint is quantised already, to {kind}, and model.quantisation asks "
@@ -259,7 +259,8 @@ def _refuse_quantisation(where: str, config: Any, settings: ModelConfig) -> None
         _refuse_hardware(settings.quantisation)
 
 
-def _stored_kind(stored: Any) -> str:
+def stored_kind(stored: Any) -> str:
+    """Return what a checkpoint was quantised to: ``nf4``, ``fp4`` or ``int8``."""
     values = stored if isinstance(stored, dict) else stored.to_dict()
     if values.get("load_in_8bit"):
         return "int8"
