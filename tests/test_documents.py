@@ -38,6 +38,7 @@ def test_readmes_commands_run_on_the_bundled_model(
     assert [line.split()[1] for line in lines] == [
         "doctor",
         "inspect",
+        "plan",
         "train",
         "eval",
         "generate",
