@@ -1,0 +1,149 @@
+"""Commands for looking: at data before a run, and at what became of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_dpo.cli.shared import (
+    Checkpoint,
+    RunFolder,
+    app,
+    one_of,
+    quiet_libraries,
+    show,
+    user_errors,
+)
+
+PANEL = "Looking"
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo inspect prefs.jsonl --model mistralai/Mistral-7B-v0.1 --html look.html",
+)
+def inspect(
+    data: Annotated[str, typer.Argument(help="Preferences: a file, a folder or a hub id.")],
+    model: Annotated[str, typer.Option(help="The base that would be trained.")],
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Held-out preferences, to look for leaks.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown token by token.")] = 3,
+    ids: Annotated[bool, typer.Option(help="Show token ids.")] = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+    kind: Annotated[
+        str, typer.Option(help="What the objective needs: auto, paired or unpaired.")
+    ] = "auto",
+    readiness: Annotated[
+        bool, typer.Option(help="Load the base in 4 bits and ask what it makes of the answers.")
+    ] = True,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of data, as data.columns.prompt=question."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See data as the model will: format, counts, tokens, lengths, and whether the base is ready."""
+    one_of("--kind", kind, ("auto", "paired", "unpaired"))
+    with user_errors():
+        from lora_dpo.config import data_settings
+
+        settings = data_settings(set_ or [])
+        quiet_libraries(sys.stderr if json_ else None)
+        from lora_dpo.inspecting import inspect_preferences
+
+        options: Any = {"max_length": max_length, "kind": None if kind == "auto" else kind}
+        found = inspect_preferences(
+            data, model, held_out=eval_, rows=rows, ids=ids, readiness=readiness,
+            **{**options, **settings},
+        )  # fmt: skip
+        if html is not None:
+            found.write_html(html)
+        show(found, json_)
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: lora-dpo diagnose runs/mistral-7b-dpo")
+def diagnose(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
+    data: Annotated[str | None, typer.Option(help="Preferences, before any training.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base that would be trained.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row, with --data.")] = 1024,
+    checkpoint: Checkpoint = "final",
+    samples: Annotated[int, typer.Option(min=0, help="Of each model; 0 draws none.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Rows looked at, at most.")] = 200,
+) -> None:
+    """Look for DPO's known failures in a run, or in data before any training."""
+    with user_errors():
+        from lora_dpo.errors import ConfigError
+
+        if (run is None) is (data is None and model is None) or (
+            run is None and not (data and model)
+        ):
+            raise ConfigError(
+                "diagnose: give the folder of a run, or --data FILE with --model BASE."
+            )
+        quiet_libraries()
+        from lora_dpo.diagnostics import Effort
+        from lora_dpo.run import diagnose as diagnose_run
+        from lora_dpo.run import diagnose_preferences
+
+        effort = Effort(rows=rows, samples=samples)
+        if run is not None:
+            print(diagnose_run(run, checkpoint=checkpoint, effort=effort))
+        else:
+            assert data is not None and model is not None
+            print(diagnose_preferences(data, model, effort=effort, max_length=max_length))
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo eval runs/mistral-7b-dpo --checkpoint best",
+    name="eval",
+)
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None, typer.Option(help="Other preferences than the held-out rows.")
+    ] = None,
+    checkpoint: Checkpoint = "final",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print held-out metrics with 95 % intervals, clustered by prompt."""
+    with user_errors():
+        quiet_libraries()
+        from lora_dpo.run import evaluate as run_evaluation
+
+        found = run_evaluation(run, data=data, checkpoint=checkpoint)
+        show(found, json_)
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo generate runs/mistral-7b-dpo --prompt 'Why is the sky blue?'",
+)
+def generate(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    checkpoint: Checkpoint = "final",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Complete prompts with policy and reference, side by side."""
+    with user_errors():
+        quiet_libraries()
+        from lora_dpo.run import generate as run_generation
+
+        for found in run_generation(
+            run,
+            prompt,
+            checkpoint=checkpoint,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        ):
+            print(found, end="\n\n")

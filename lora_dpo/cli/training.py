@@ -1,0 +1,44 @@
+"""Commands for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_dpo.cli.shared import Overrides, app, quiet_libraries, user_errors
+
+PANEL = "Training"
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo train configs/mistral-7b-dpo.yaml --set objective.beta=0.05",
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; configs/ holds commented ones.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Train a policy on preferences against its reference."""
+    with user_errors():
+        from lora_dpo.config import Config
+
+        checked = Config.load(config, set_ or [])
+        quiet_libraries()
+        from lora_dpo.run import train as run_training
+
+        run_training(checked, resume=resume)
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: lora-dpo quickstart --to quickstart-run")
+def quickstart(
+    to: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("quickstart-run"),
+) -> None:
+    """Run the main job on the bundled small model, offline, in a few minutes."""
+    with user_errors():
+        quiet_libraries()
+        from lora_dpo.quickstart.main import run_quickstart
+
+        run_quickstart(to)
