@@ -7,7 +7,6 @@ of layers, so two depths give all of them; no weight is needed, only the archite
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -203,8 +202,7 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
 def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) -> Found:
     """Run one forward and backward pass on an imagined model of so many layers."""
     batch = lay_out(rows, flat=setting.flat)
-    with imagining(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with imagining():
         policy = imagined_policy(
             of_depth(setting.architecture, depth),
             setting.lora,
