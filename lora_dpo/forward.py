@@ -216,7 +216,7 @@ def _run(
     """Run a batch through the model with ``score`` in place of its head."""
     causal = causal_lm(model)
     work = work_of(causal)
-    fast = nullcontext() if work is None else work.turned(running=not work.off)
+    fast = nullcontext() if work is None else work.batch()
     with swapped_head(causal, score), compute_context(model), fast:
         model(input_ids=batch.input_ids, use_cache=False, **_layout(model, batch))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -247,8 +248,8 @@ def test_checkpointing_that_is_asked_for_later_holds_for_every_batch(policy: Pef
     choose_engine(policy, ROWS, 9, "fast", chunk=64, recompute=False)
     policy.train()
     assert _state(policy).recomputed == 0
-    for layer in decoder_layers(policy.get_base_model()):
-        layer.gradient_checkpointing = True
+    library = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    policy.get_base_model()._set_gradient_checkpointing(True, library)
     for _ in range(3):
         completion_logps(policy, flat_pairs(ROWS)).sum().backward()
         assert _state(policy).recomputed == 2

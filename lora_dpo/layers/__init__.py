@@ -84,6 +84,7 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
         take_linear(module, work)
     for number, layer in enumerate(layers):
         take_layer(layer, work, (number, number + 1 == len(layers)))
+    work.layers = layers
     work.taken = [*gated, *fast, *layers]
     saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in causal.modules())
     work.fusable = len(fast) == len(loras) and inside >= set(loras) and not saved

@@ -81,8 +81,6 @@ def run_layer(
         return out[0]  # type: ignore[no-any-return]
 
     number, is_last = place
-    if layer.gradient_checkpointing:  # somebody has asked the library for it since
-        work.recomputed, layer.gradient_checkpointing = max(work.recomputed, number + 1), False
     with work.keeping_weights() if work.fused else nullcontext():
         out = _policy_part(layer, work, number < work.recomputed, hidden, call)
         if work.fused:

@@ -23,7 +23,8 @@ class Work:
         keeps_weights: whether a layer's plain weights wait for their second use, which costs their
             bytes (of one layer at a time) and spares half of the dequantisations.
         random: whether something in the model draws, as LoRA dropout does.
-        taken: the modules whose forward is ours.
+        layers: the decoder layers, in order.
+        taken: the modules whose forward is ours, these among them.
         off: whether batches of ours too go through the library's layers.
         make_plain: returns a linear layer's weight as floats.
         dequantised: how often each weight was made plain, for tests and benchmarks.
@@ -36,6 +37,7 @@ class Work:
         self.skips_last = False
         self.keeps_weights = True
         self.random = False
+        self.layers: list[Any] = []
         self.taken: list[nn.Module] = []
         self.make_plain: Callable[[Any], Tensor] = plain_weight
         self.dequantised: Counter[nn.Module] = Counter()
@@ -58,6 +60,21 @@ class Work:
         if self._weights is not None:
             self._weights[linear] = weight
         return weight
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Within a batch of ours the layers are ours, unless they are off.
+
+        Recomputation that somebody has asked the library for since is done by them from then on; older
+        versions of the library (5.17) would wrap it around them.
+        """
+        if not self.off:
+            for number, layer in enumerate(self.layers, start=1):
+                if layer.gradient_checkpointing:
+                    self.recomputed = max(self.recomputed, number)
+                    layer.gradient_checkpointing = False
+        with self.turned(running=not self.off):
+            yield
 
     @contextmanager
     def keeping_weights(self) -> Iterator[None]:
