@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
     from lora_dpo.reference_store import stored_reference_logps
+    from lora_dpo.reporting import report
     from lora_dpo.run import (
         diagnose,
         diagnose_preferences,
@@ -61,6 +62,7 @@ _HOME = {
     "pair_stats": "forward",
     "plan": "planning",
     "reference": "policy",
+    "report": "reporting",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
@@ -94,6 +96,7 @@ __all__ = [
     "pair_stats",
     "plan",
     "reference",
+    "report",
     "stored_reference_logps",
     "tokenise",
     "train",

@@ -26,7 +26,7 @@ _FREE_KEYS = {
 
 
 # What a run has written before its first step: a start that failed there can simply be repeated.
-_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "reference"}
+_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "lengths.json", "reference"}
 
 
 def check_target(run: Path, target: Path, *, overwrite: bool) -> None:

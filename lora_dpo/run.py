@@ -37,6 +37,7 @@ from lora_dpo.guards import (
     checkpoint_facts,
     settings_of_the_library,
 )
+from lora_dpo.inspecting import data_card
 from lora_dpo.metrics import peak_gib
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
@@ -382,6 +383,9 @@ def _diagnose_at_the_end(
 def _write_settings(folder: Path, config: Config, data: RunData) -> None:
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "data.json", {name: r.to_dict() for name, r in data.reports.items()})
+    parts = {"train": data.train, "held out": data.held_out}
+    cards = {name: data_card(rows) for name, rows in parts.items() if rows is not None}
+    write_json(folder / "lengths.json", cards)
 
 
 def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:

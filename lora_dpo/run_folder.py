@@ -4,6 +4,7 @@ RUN/
   config.yaml        the resolved config; reproduces the run
   run.json           versions, what the reference was, results
   data.json          what was dropped, truncated or repaired, with examples
+  lengths.json       rows that were trained on and held out: sha256, lengths in tokens
   metrics.jsonl      every log line
   row_margins.jsonl  the reward margin of every pair as training saw it
   adapter/           the trained policy, as peft loads it, with tokenizer

@@ -147,3 +147,23 @@ def generate(
             seed=seed,
         ):
             print(found, end="\n\n")
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo report runs/dpo runs/simpo --to out/report.html",
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, their output.dir.")],
+    to: Annotated[Path | None, typer.Option(help="Write the page to this HTML file.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put runs on one page: settings, curves, before and after, findings, samples, data, exports."""
+    with user_errors():
+        from lora_dpo.reporting import report as make_report
+
+        found = make_report(runs, to=to, overwrite=overwrite)
+        show(found, json_)
+        if to is not None and not json_:
+            print(f"page: {to}")

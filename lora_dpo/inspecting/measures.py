@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,16 @@ def lengths_of(data: Tokenised) -> dict[str, list[int]]:
     return {
         name.removesuffix("_ids"): table.column(name).combine_chunks().value_lengths().to_pylist()
         for name in names
+    }
+
+
+def data_card(data: Tokenised) -> dict[str, Any]:
+    """Return what a run keeps of its tokenised rows: count, sha256, quantiles and histogram of tokens."""
+    return {
+        "rows": len(data),
+        "fingerprint": data.fingerprint,
+        "quantiles": data.summary.to_dict(),
+        "histogram": asdict(Histogram.of(lengths_of(data))),
     }
 
 

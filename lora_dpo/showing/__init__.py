@@ -1,6 +1,6 @@
 """Facts on a terminal and in HTML. Whatever comes from data is shown as text, never obeyed."""
 
-from lora_dpo.showing.pages import Displayed, fragment, page
+from lora_dpo.showing.pages import Displayed, fragment, page, script
 from lora_dpo.showing.terminals import as_text, console_for, hanging, print_to, said
 from lora_dpo.showing.visible import visible
 
@@ -13,5 +13,6 @@ __all__ = [
     "page",
     "print_to",
     "said",
+    "script",
     "visible",
 ]

@@ -1,7 +1,14 @@
-"""HTML from jinja templates with autoescape: one file, no network, no script; or a notebook's cell."""
+"""HTML from jinja templates with autoescape: one file, no network; or a notebook's cell.
+
+A page has no script but those that it is given, and a browser runs no other in it.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +26,34 @@ def fragment(template: str, **facts: Any) -> str:
     return str(_environment().get_template(f"{template}.html.jinja").render(**facts))
 
 
-def page(template: str, title: str, **facts: Any) -> str:
-    """Render a template to a whole page, for a file."""
+def page(template: str, title: str, scripts: Sequence[str] = (), **facts: Any) -> str:
+    """Render a template to a whole page, for a file.
+
+    Args:
+        template: of its body.
+        title: of the page.
+        scripts: that run once the body is there, in their order. The page forbids its browser every
+            other one and every request, so that what slipped through the escaping would do nothing.
+        facts: what the template shows.
+    """
+    for text in scripts:
+        if "</script" in text.lower() or "<!--" in text or "\r" in text:
+            raise ValueError("a script that would end its own element, or change on the way")
     frame = _environment().get_template("page.html.jinja")
-    return str(frame.render(title=title, body=Markup(fragment(template, **facts))))
+    body = Markup(fragment(template, **facts))
+    sources = [f"'sha256-{_sha256(text)}'" for text in scripts]
+    return str(
+        frame.render(title=title, body=body, scripts=list(map(Markup, scripts)), sources=sources)
+    )
+
+
+def script(name: str) -> str:
+    """Return one of the package's own scripts."""
+    return (files("lora_dpo.showing") / "scripts" / f"{name}.js").read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _environment() -> Environment:
