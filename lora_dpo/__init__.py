@@ -5,6 +5,7 @@ Names load on first use, so that ``import lora_dpo`` costs nothing.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lora_dpo' has no attribute {name!r}")
-    module = import_module(f"lora_dpo.{_HOME[name]}")
+    with warnings.catch_warnings():
+        # tqdm, in a notebook without ipywidgets; what we show there are plain lines
+        warnings.filterwarnings("ignore", "IProgress not found")
+        module = import_module(f"lora_dpo.{_HOME[name]}")
     return module if name == "objectives" else getattr(module, name)
 
 

@@ -73,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": True,
     "seed": 0,
     "report_to": "none",
+    "disable_tqdm": False,  # the library turns it on where its own messages are off
 }
 
 # What a held-out evaluation reports, and a best model can be chosen by.
@@ -156,6 +157,7 @@ def build_arguments(
     if evaluates and merged["eval_strategy"] != "no":
         merged.setdefault("metric_for_best_model", "eval_loss")
         merged.setdefault("greater_is_better", "loss" not in str(merged["metric_for_best_model"]))
+    merged["report_to"] = merged["report_to"] or "none"
     if merged["eval_strategy"] != "steps":
         merged["eval_steps"] = values.get("eval_steps")
     fields = {key: merged[key] for key in merged if key not in _CHECKPOINTING}
@@ -211,6 +213,10 @@ def _value_problems(key: str, value: Any, annotation: Any) -> list[str]:
         return [f"{where}; {' or '.join(m[0].lower() + m[1:] for m in messages)}."]
     if checked is None:
         return []
+    if key == "report_to":
+        known = ["none", "all", *sorted(_trackers())]
+        unknown = [name for name in _listed(checked) if name not in known]
+        return [f"{where}; expected {', '.join(known)}.{nearest(n, known)}" for n in unknown]
     if key in _AT_LEAST and not checked >= _AT_LEAST[key]:
         return [f"{where}; expected at least {_AT_LEAST[key]}."]
     if key in _ABOVE_ZERO and not checked > 0:
@@ -222,6 +228,17 @@ def _value_problems(key: str, value: Any, annotation: Any) -> list[str]:
     if key == "metric_for_best_model" and checked.removeprefix("eval_") not in METRICS:
         return [f"{where}; expected one of {', '.join(METRICS)}.{nearest(checked, METRICS)}"]
     return []
+
+
+def _listed(asked: str | list[str]) -> list[str]:
+    return [asked] if isinstance(asked, str) else asked
+
+
+def _trackers() -> Mapping[str, Any]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers: Mapping[str, Any] = INTEGRATION_TO_CALLBACK
+    return trackers
 
 
 def _converted(value: Any, annotation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What watches a run: one line a log step, ``metrics.jsonl``, stopping in order, weights that rest."""
+"""What acts on a run's events: ``metrics.jsonl``, stopping in order, weights that rest."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
+
+from lora_dpo.store import add_lines
 
 logger = logging.getLogger("lora_dpo")
 
@@ -27,69 +29,6 @@ def show_log_lines() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-
-
-class ConsoleCallback(ProgressCallback):
-    """The library's progress bar on a terminal; elsewhere one plain line a log step."""
-
-    def on_train_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
-        """Show a bar only where it can be redrawn."""
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, *rest, **kw)  # type: ignore[no-untyped-call]
-
-    def on_step_end(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
-        """Move the bar."""
-        if self.training_bar is not None:
-            super().on_step_end(args, state, *rest, **kw)
-
-    def on_prediction_step(self, *args: Any, **kw: Any) -> None:
-        """Move the evaluation's bar."""
-        if sys.stderr.isatty():
-            super().on_prediction_step(*args, **kw)  # type: ignore[no-untyped-call]
-
-    def on_train_end(self, *args: Any, **kw: Any) -> None:
-        """Close the bar."""
-        if self.training_bar is not None:
-            super().on_train_end(*args, **kw)
-
-    def on_log(
-        self,
-        args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kw: Any,
-    ) -> None:
-        """Print the few numbers that tell whether it goes well."""
-        line = _line(state, logs or {})
-        if line and state.is_world_process_zero:
-            if self.training_bar is not None:
-                self.training_bar.write(line)
-            else:
-                print(line, flush=True)
-
-
-_SHOWN = {
-    "loss": "loss",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "logratios/chosen": "chosen vs reference",
-    "logratios/rejected": "rejected vs reference",
-    "grad_norm": "grad",
-    "learning_rate": "lr",
-    "tokens_per_second": "tokens/s",
-}
-
-
-def _line(state: TrainerState, logs: dict[str, float]) -> str:
-    prefix = "eval_" if "eval_loss" in logs else ""
-    if f"{prefix}loss" not in logs:
-        return ""
-    parts = [
-        f"{shown} {logs[prefix + key]:.4g}" for key, shown in _SHOWN.items() if prefix + key in logs
-    ]
-    head = f"step {state.global_step}/{state.max_steps}"
-    return f"{head} {'held-out ' if prefix else ''}" + "  ".join(parts)
 
 
 class JsonlCallback(TrainerCallback):
@@ -108,8 +47,7 @@ class JsonlCallback(TrainerCallback):
     def on_log(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and state.log_history:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(state.log_history[-1]) + "\n")
+            add_lines(self.path, state.log_history[-1:])
 
 
 class StopCallback(TrainerCallback):
@@ -151,22 +89,18 @@ class StopCallback(TrainerCallback):
                 signal.signal(number, handler)
 
 
-def replace_console(trainer: Any) -> None:
-    """Put our log lines in place of the library's bars and dictionaries."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for kind in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(kind)
-    trainer.add_callback(ConsoleCallback())
-
-
 class MovementCallback(TrainerCallback):
-    """Warn when adapter weights do not move: a learning rate too small for their dtype, mostly."""
+    """Tell when adapter weights do not move: a learning rate too small for their dtype, mostly.
+
+    Args:
+        tell: takes the step, the kind of the note and its text.
+    """
 
     SAMPLE = 65_536
     STEPS = 10
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[int, str, str], None]) -> None:
+        self.tell = tell
         self.start: torch.Tensor | None = None
         self.begin = 0
 
@@ -186,12 +120,12 @@ class MovementCallback(TrainerCallback):
         moved = float((self._sample(kw["model"]) != self.start)[begun].double().mean())
         self.start = None
         if moved < 0.5:
-            logger.warning(
-                "only %.0f %% of the adapter weights have moved in %d steps; raise "
-                "train.learning_rate (now %g), which suits LoRA from about 2e-5 on.",
-                100 * moved,
-                self.STEPS,
-                args.learning_rate,
+            self.tell(
+                state.global_step,
+                "weights do not move",
+                f"only {100 * moved:.0f} % of the adapter weights have moved in {self.STEPS} steps; "
+                f"raise train.learning_rate (now {args.learning_rate:g}), which suits LoRA from about "
+                "2e-5 on",
             )
 
     def _sample(self, model: torch.nn.Module) -> torch.Tensor:

@@ -24,6 +24,7 @@ from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.reference_cache import known_reference
+from lora_dpo.showing import bar
 from lora_dpo.stats import WITH_GRADIENT, AnyStats
 from lora_dpo.stepping import row_length
 
@@ -113,12 +114,14 @@ def collect_stats(
     policy.eval()
     try:
         # draws of an objective (SamPO's) are the same in every evaluation
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        shown = bar("evaluating", len(order), "rows")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), shown as advance:
             torch.manual_seed(0)
             for start in range(0, len(order), batch_size):
                 rows = [data.rows[i] for i in order[start : start + batch_size]]
                 stats = rows_stats(policy, rows, objective, device, pad_id=pad_id, chunk=chunk)
                 parts.append(stats.map(lambda _, value: value.cpu()))
+                advance(len(rows))
     finally:
         policy.train(was_training)
     back = torch.tensor(order).argsort()

@@ -101,10 +101,11 @@ def sample_ids(
     *,
     as_reference: bool = False,
     max_new_tokens: int = 64,
+    temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[list[int]]:
-    """Return one sample a tokenised prompt at temperature 1, up to and with its end token."""
+    """Return one sample a tokenised prompt, up to and with its end token; see ``complete``."""
     made: list[list[int]] = []
     was_training = model.training
     model.eval()
@@ -114,7 +115,7 @@ def sample_ids(
             ends = _end_ids(model, tokenizer)
             for start in range(0, len(prompts), batch_size):
                 rows = [list(prompt) for prompt in prompts[start : start + batch_size]]
-                out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, 1.0)
+                out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
                 made += [_up_to_end(ids, ends) for ids in out.tolist()]
     finally:
         model.train(was_training)

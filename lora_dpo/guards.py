@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _FREE_KEYS = {
 
 
 # What a run has written before its first step: a start that failed there can simply be repeated.
-_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "lengths.json", "reference"}
+_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "lengths.json", "plan.json", "reference"}
 
 
 def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
@@ -87,3 +87,26 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise OutputError(
             f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing)."
         )
+
+
+def check_trackers(asked: str | Sequence[str] | None) -> None:
+    """Refuse a tracker that is not installed: the library would notice once the weights are loaded.
+
+    Raises:
+        ConfigError: names each, and the package.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    known = {*get_available_reporting_integrations(), *_UNLISTED}
+    problems = [
+        f"train.report_to: {name} is not installed; install it (pip install {_PACKAGES.get(name, name)}), "
+        "or leave it out: metrics.jsonl holds every figure in any case."
+        for name in ([asked] if isinstance(asked, str) else asked or ())
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+_UNLISTED = ("flyte",)  # the library has it and does not say whether it is installed
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}

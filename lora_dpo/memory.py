@@ -62,6 +62,7 @@ class Memory:
         self.device, self.alone, self.settings = device, alone, settings
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._optimiser = int(optimiser_bytes(settings["args"]) * trained)
+        self._no_plan = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
         self.plan = self._planned()
         if self.plan is not None:
             how = {
@@ -74,12 +75,17 @@ class Memory:
         """Return the plan in sentences, where there is one."""
         return [] if self.plan is None else self.plan.lines()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values for JSON; ``not_planned`` says why there is none."""
+        return {"not_planned": self._no_plan} if self.plan is None else self.plan.to_dict()
+
     def _planned(self) -> Plan | None:
         try:
             return plan_policy(self.model, self.rows, self.batches, **self.settings)
         except Exception as error:  # a plan is an estimate: without it the run is as good
             reason = " ".join(str(error).split())[:200]
-            logger.warning("no plan of the memory (%s: %s)", type(error).__name__, reason)
+            self._no_plan = f"{type(error).__name__}: {reason}"
+            logger.warning("no plan of the memory (%s)", self._no_plan)
             return None
 
     def probe(self, collect: Callable[[nn.Module, Sequence[Row]], AnyStats]) -> None:

@@ -148,7 +148,12 @@ class Window:
 
 def peak_gib(device: torch.device) -> float:
     """Return the peak memory of the process so far, GiB: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    if (allocated := peak_bytes(device)) is not None:
+        return allocated / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most bytes that the device's own allocator has given out; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

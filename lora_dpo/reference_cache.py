@@ -21,6 +21,7 @@ from lora_dpo.forward import completion_logps
 from lora_dpo.heads import home_device
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.policy import reference
+from lora_dpo.showing import bar
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "paired": ("reference_chosen_logps", "reference_rejected_logps"),
@@ -42,10 +43,12 @@ def with_reference_logps(
         chunk: positions whose logits exist at one time.
     """
     table = torch.empty(len(data), len(COLUMNS[data.kind]), dtype=torch.float64)
-    for places, logps in reference_batches(
-        policy, data, range(len(data)), batch_size=batch_size, chunk=chunk
-    ):
-        table[places] = logps
+    with bar("reference log-probs", len(data), "rows") as advance:
+        for places, logps in reference_batches(
+            policy, data, range(len(data)), batch_size=batch_size, chunk=chunk
+        ):
+            table[places] = logps
+            advance(len(places))
     return with_columns(data, table)
 
 

@@ -29,6 +29,7 @@ from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import reference_identity
 from lora_dpo.reference_cache import reference_batches, with_columns
+from lora_dpo.showing import bar
 from lora_dpo.store import fingerprint, lock, write_bytes, write_json
 
 logger = logging.getLogger("lora_dpo")
@@ -149,20 +150,22 @@ class ReferenceStore:
         values: dict[bytes, float] = {}
         done, pending, last = 0, {}, time.monotonic()
         try:
-            for places, logps in reference_batches(
-                self.policy, data, rows, batch_size=batch_size, chunk=chunk
-            ):
-                new = zip(keys[places].ravel().tolist(), logps.ravel().tolist(), strict=True)
-                for key, value in new:
-                    if key not in values:
-                        values[key] = pending[key] = value
-                done += len(places)
-                seconds = time.monotonic() - last
-                if seconds > FLUSH_SECONDS:
-                    logger.info("reference log-probs: %d of %d rows", done, len(rows))
-                if len(pending) >= FLUSH_ROWS or seconds > FLUSH_SECONDS:
-                    self._write(pending)
-                    pending, last = {}, time.monotonic()
+            with bar("reference log-probs", len(rows), "rows") as advance:
+                for places, logps in reference_batches(
+                    self.policy, data, rows, batch_size=batch_size, chunk=chunk
+                ):
+                    new = zip(keys[places].ravel().tolist(), logps.ravel().tolist(), strict=True)
+                    for key, value in new:
+                        if key not in values:
+                            values[key] = pending[key] = value
+                    done += len(places)
+                    advance(len(places))
+                    seconds = time.monotonic() - last
+                    if seconds > FLUSH_SECONDS:
+                        logger.info("reference log-probs: %d of %d rows", done, len(rows))
+                    if len(pending) >= FLUSH_ROWS or seconds > FLUSH_SECONDS:
+                        self._write(pending)
+                        pending, last = {}, time.monotonic()
         finally:  # an interruption keeps what is there
             self._write(pending)
         for place in zip(*np.nonzero(np.isnan(known)), strict=True):

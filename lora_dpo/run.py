@@ -34,6 +34,7 @@ from lora_dpo.guards import (
     check_context,
     check_folder,
     check_target,
+    check_trackers,
     checkpoint_facts,
     settings_of_the_library,
 )
@@ -61,6 +62,7 @@ from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
 from lora_dpo.stepping import fitted, row_length
 from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.trainer import PreferenceTrainer
+from lora_dpo.watching import add_samples, plan_and_measurement
 
 logger = logging.getLogger("lora_dpo")
 
@@ -83,6 +85,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     objective = bound_objective(config)
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
+    check_trackers(arguments.report_to)
     if resume:
         checkpoint, facts, _ = latest_checkpoint(folder)
         expected = checkpoint_facts(config)
@@ -100,15 +103,19 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     with lock(folder):
         _write_settings(folder, config, data)
         set_seed(arguments.seed)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
         with settings_of_the_library():
             trainer = _build_trainer(config, objective, arguments, data)
+        add_samples(trainer, config.output, tokenizer, data.held_out)
         if (start := config.model.adapter) is not None and not resume:
             save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
         accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
         logger.info("a step: %d x %d pairs", trainer.micro_batch, accumulated)
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=resume or None)
+        with plan_and_measurement(trainer, folder / "plan.json"):
+            trainer.train(resume_from_checkpoint=resume or None)
         minutes, peak = (time.monotonic() - began) / 60, peak_gib(trainer.args.device)
         logger.info("trained in %.1f minutes; peak memory %.1f GiB", minutes, peak)
         return _finish(trainer, config, objective, tokenizer, data)

@@ -6,6 +6,9 @@ RUN/
   data.json          what was dropped, truncated or repaired, with examples
   lengths.json       rows that were trained on and held out: sha256, lengths in tokens
   metrics.jsonl      every log line
+  notes.jsonl        what the diagnostics noted while it ran
+  samples.jsonl      what policy and reference made of fixed held-out prompts at each evaluation
+  plan.json          what the planner said at the start, and what was measured
   row_margins.jsonl  the reward margin of every pair as training saw it
   adapter/           the trained policy, as peft loads it, with tokenizer
   reference/         the frozen starting adapter, if there was one
@@ -41,7 +44,7 @@ from lora_dpo.stepping import fitted
 from lora_dpo.store import read_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished (or saved) run: ``Run.open(folder)``, or what ``train`` returns."""
 
@@ -64,6 +67,13 @@ class Run:
             )
         results = read_json(path / "run.json") if (path / "run.json").is_file() else {}
         return cls(path, Config.load(path / "config.yaml"), results)
+
+    def __repr__(self) -> str:
+        steps = f", {self.results['steps']} steps" if "steps" in self.results else ", not finished"
+        held_out = self.results.get("held_out", {}).get("mean_low_high", {})
+        accuracy = held_out.get("rewards/accuracies")
+        told = f", held-out accuracy {accuracy[0]:.3f}" if accuracy else ""
+        return f"Run({str(self.folder)!r}: {self.config.objective.name}{steps}{told})"
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError, TrainingError
 from lora_dpo.heads import base_dtype
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.store import add_lines, lines_until
 
 logger = logging.getLogger("lora_dpo")
 
@@ -167,10 +167,8 @@ class RowMargins:
 
     def begin(self, step: int) -> None:
         """Leave of an older file what the checkpoint of this step had seen."""
-        if self.path is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if self.path is not None:
+            lines_until(self.path, step)
 
     def add(self, step: int, rows: Sequence[Mapping[str, Any]], margins: torch.Tensor) -> None:
         """Keep the margins of a step on the device."""
@@ -181,11 +179,12 @@ class RowMargins:
         """Append what was kept."""
         if self.path is None or not self._kept:
             return
-        with self.path.open("a", encoding="utf-8") as stream:
-            for step, places, margins in self._kept:
-                values = [round(value, 5) for value in margins.tolist()]
-                rows = [[*place, value] for place, value in zip(places, values, strict=True)]
-                stream.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        lines = []
+        for step, places, margins in self._kept:
+            values = [round(value, 5) for value in margins.tolist()]
+            rows = [[*place, value] for place, value in zip(places, values, strict=True)]
+            lines.append({"step": step, "rows": rows})
+        add_lines(self.path, lines)
         self._kept = []
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,35 @@ def read_json(path: Path) -> Any:
         raise OutputError(f"{path}: no such file; the folder is not one that we wrote.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise OutputError(f"{path}: not readable as JSON ({error}); the file is damaged.") from None
+
+
+def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leave of a file of JSON lines those up to a step, and return them; none without the file.
+
+    What a checkpoint had not seen never happened, nor did a line that a killed process left torn.
+    """
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append((line, entry))
+    write_text(path, "".join(f"{line}\n" for line, _ in kept))
+    return [entry for _, entry in kept]
+
+
+def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Append to a file of JSON lines, none of whose texts looks like the end of a line."""
+    ends = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+    with path.open(
+        "a", encoding="utf-8", errors="backslashreplace"
+    ) as stream:  # halves of characters
+        for entry in entries:
+            stream.write(json.dumps(entry, ensure_ascii=False).translate(ends) + "\n")
 
 
 @contextmanager

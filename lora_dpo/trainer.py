@@ -7,7 +7,6 @@ weighs each pair by the pairs of the whole step on all ranks, so that 1 x 8 equa
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
-from lora_dpo.callbacks import (
-    JsonlCallback,
-    MovementCallback,
-    StopCallback,
-    replace_console,
-    show_log_lines,
-)
+from lora_dpo.callbacks import JsonlCallback, MovementCallback, StopCallback, show_log_lines
 from lora_dpo.checkpoints import (
     STATE,
     asked_checkpoint,
@@ -76,6 +69,9 @@ from lora_dpo.stepping import (
     tokenised,
 )
 from lora_dpo.store import MANIFEST, read_json, write_json
+from lora_dpo.watching.advice import AdviceCallback
+from lora_dpo.watching.pace import Pace
+from lora_dpo.watching.progress import put_display
 
 logger = logging.getLogger("lora_dpo")
 
@@ -142,10 +138,9 @@ class PreferenceTrainer(Trainer):
         refuse_objective(bound, args)
         self.moves = reference_moves
         self.window = Window()
-        self.stop = StopCallback()
         self._batches = batches_of(args, max_tokens_per_batch)
         self.keep_checkpoints = args.save_total_limit
-        self._clock, self._tokens, self.evaluated_at = time.monotonic(), 0, -1
+        self.pace, self.evaluated_at = Pace(), -1
         self._check_logps: list[float] = []
         self._kept_lines: list[str] = []
         train, held_out = (
@@ -168,10 +163,10 @@ class PreferenceTrainer(Trainer):
             train_dataset=train.rows if train else None,
             eval_dataset=held_out.rows if held_out else None,
             compute_metrics=self._held_out_metrics,
-            callbacks=[self.stop, MovementCallback(), MovesCallback(self.moves), *callbacks],
+            callbacks=[*self._own_callbacks(), *callbacks],
         )
         self.label_names = []
-        replace_console(self)
+        self.display = put_display(self)
         check_head(self.model)
         longest = max(map(row_length, [*train.rows, *(held_out.rows if held_out else [])]))
         how: Any = {"chunk": chunk_tokens, "recompute": recomputes(self.args)}
@@ -186,6 +181,10 @@ class PreferenceTrainer(Trainer):
             self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
             how["with_reference"] = False
         self.memory = self._memory(args=args, budget_gib=memory_budget_gib, **how)
+
+    def _own_callbacks(self) -> list[TrainerCallback]:
+        self.stop, self.advice = StopCallback(), AdviceCallback(self)
+        return [self.stop, MovementCallback(self.advice.tell), MovesCallback(self.moves)]
 
     def _memory(self, **settings: Any) -> Memory:
         alone = self.accelerator.num_processes == 1
@@ -209,10 +208,10 @@ class PreferenceTrainer(Trainer):
             self.accelerator, self.args.device, sum(map(counted_tokens, rows)), len(rows)
         )
         scale = self.accelerator.num_processes / count
-        seen = self._tokens
+        seen = self.pace.tokens
 
         def attempt() -> Step:
-            self._tokens = seen
+            self.pace.tokens = seen
             passes = Passes(
                 self.objective,
                 self._stats,
@@ -225,6 +224,9 @@ class PreferenceTrainer(Trainer):
             return passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
 
         step = self.memory.fitted(attempt, f"step {self.state.global_step + 1}")
+        self.pace.add(count)
+        if self.state.global_step == 0:
+            self.advice.first_step(step, self.states, tokens / count)
         scaled = self.accelerator.scaler is not None
         stop_unless_finite(model, rows, step.losses, step=self.state.global_step + 1, scaled=scaled)
         self.states = self.objective.updated(self.states, step.stats)
@@ -238,7 +240,7 @@ class PreferenceTrainer(Trainer):
     def _stats(
         self, model: nn.Module, rows: Sequence[Mapping[str, Any]], gradient_only: bool = False
     ) -> AnyStats:
-        self._tokens += 0 if gradient_only else sum(row_tokens(row) for row in rows)
+        self.pace.tokens += 0 if gradient_only else sum(row_tokens(row) for row in rows)
         return rows_stats(
             model,
             rows,
@@ -252,12 +254,10 @@ class PreferenceTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without moving the random numbers that training draws from."""
-        began, tokens = time.monotonic(), self._tokens
-        with torch.random.fork_rng():
+        with self.pace.resting(), self.display.shown(), torch.random.fork_rng():
             torch.manual_seed(0)  # an objective's draws are the same in every evaluation
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluated_at = self.state.global_step
-        self._clock, self._tokens = self._clock + time.monotonic() - began, tokens
         return metrics
 
     def prediction_step(
@@ -279,9 +279,8 @@ class PreferenceTrainer(Trainer):
     def _held_out_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(prediction.predictions)  # [rows, statistic]
         stats = stats_of(dict(zip(self._statistics, table.unbind(1), strict=True)))
-        self.last_evaluation = evaluate_stats(
-            stats, self.objective, prediction.label_ids, self.states
-        )
+        self.held_out_stats, keys = stats, prediction.label_ids
+        self.last_evaluation = evaluate_stats(stats, self.objective, keys, self.states)
         return {name: estimate.mean for name, estimate in self.last_evaluation.estimates.items()}
 
     # ---- a whole run -------------------------------------------------------------------------
@@ -305,9 +304,8 @@ class PreferenceTrainer(Trainer):
             for line in self.self_check():
                 logger.info(line)
         self.memory.probe(self._stats)
-        self._clock, self._tokens = time.monotonic(), 0
         self._margins.begin(step_of(resume_from_checkpoint))
-        with self.stop.listening():
+        with self.stop.listening(), self.display.shown():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         saved = self.folder / f"checkpoint-{self.state.global_step}" / MANIFEST
         if self.stop.signal is not None and not saved.is_file():
@@ -401,10 +399,8 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics: means over every pair since the last line."""
         if "loss" in logs:
-            seconds = max(time.monotonic() - self._clock, 1e-9)
-            logs = {**logs, **self.window.means(), "tokens_per_second": self._tokens / seconds}
+            logs = {**logs, **self.window.means(), **self.pace.since_last_line()}
             logs["memory/peak_gib"] = peak_gib(self.args.device)
-            self._clock, self._tokens = time.monotonic(), 0
             self._margins.write()
         super().log(logs, start_time)
 
@@ -415,4 +411,5 @@ class PreferenceTrainer(Trainer):
     def write_metrics_to(self, path: Path) -> None:
         """Keep every log line as JSON in ``path``, and beside it the margins of training rows."""
         self.add_callback(JsonlCallback(path))
+        self.advice.path = path.with_name("notes.jsonl")
         self._margins.path = path.with_name("row_margins.jsonl")

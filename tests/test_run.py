@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def test_the_command_does_what_python_does(
     assert done.returncode == 0, done.stderr
     assert "self-check: policy = reference" in done.stdout
     assert "Warning" not in done.stderr
+    assert not re.search(r"[\r\x1b\x08]", done.stdout + done.stderr)  # a pipe gets plain lines
     assert Run.open(out).results["held_out"] == run.results["held_out"]
 
 

@@ -130,7 +130,9 @@ class TrainConfig(OpenSection):
 
 
 class OutputConfig(Section):
-    """Where the run is written."""
+    """Where the run is written, and what is looked at beside the training."""
 
     dir: str
     diagnose: bool = True
+    samples: int = Field(4, ge=0)
+    sample_tokens: int = Field(64, ge=1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,11 +14,12 @@ from lora_dpo.data.encoding import Encoded, Encoder
 from lora_dpo.data.lengths import Fitter, Measure, Overflow, Summary
 from lora_dpo.data.preferences import Kind, Preferences
 from lora_dpo.data.problems import Problems
-from lora_dpo.data.records import Labelled, Pair
+from lora_dpo.data.records import Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.data.templates import make_renderer
 from lora_dpo.data.vocabulary import AddBos, Vocabulary, read_vocabulary
 from lora_dpo.errors import DataError
+from lora_dpo.showing import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,17 +158,21 @@ def _encode_all(preferences: Preferences, encoder: Encoder, fitter: Fitter) -> t
     measure, problems = Measure(ANSWERS[preferences.kind]), Problems()
     features = datasets.Features(_features(datasets, preferences.kind))
     parts = []
-    for chunk in _chunks(preferences.rows):
-        encoded = encoder(chunk, problems)
-        problems.raise_if_any()  # a template that fails for one row of a thousand fails for many
-        kept = []
-        for row in encoded:
-            measure.before.append(row.length)
-            if (fitted := _fit(row, fitter, problems)) is not None:
-                measure.add(fitted)
-                kept.append(_columns(fitted))
-        columns = {name: [row[name] for row in kept] for name in features}
-        parts.append(datasets.Dataset.from_dict(columns, features=features))
+    rows = preferences.rows
+    with bar("tokenising", len(rows), "rows", fewest=BAR_FROM) as advance:
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            encoded = encoder(chunk, problems)
+            problems.raise_if_any()  # a template that fails for one row of a thousand fails for many
+            kept = []
+            for row in encoded:
+                measure.before.append(row.length)
+                if (fitted := _fit(row, fitter, problems)) is not None:
+                    measure.add(fitted)
+                    kept.append(_columns(fitted))
+            columns = {name: [row[name] for row in kept] for name in features}
+            parts.append(datasets.Dataset.from_dict(columns, features=features))
+            advance(len(chunk))
     problems.raise_if_any()
     if not measure.prompts:
         raise DataError(_nothing_left(fitter, measure))
@@ -191,20 +195,6 @@ def _nothing_left(fitter: Fitter, measure: Measure) -> str:
             f"{fitter.max_length}. Raise max_length, or choose another overflow."
         )
     return "\n".join(lines)
-
-
-def _chunks(rows: Sequence[Pair | Labelled]) -> Iterator[Sequence[Pair | Labelled]]:
-    starts = range(0, len(rows), CHUNK)
-    if len(rows) > BAR_FROM and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=len(rows), desc="tokenising", unit="rows") as bar:
-            for start in starts:
-                chunk = rows[start : start + CHUNK]
-                yield chunk
-                bar.update(len(chunk))
-        return
-    yield from (rows[start : start + CHUNK] for start in starts)
 
 
 def _features(datasets: Any, kind: str) -> dict[str, Any]:

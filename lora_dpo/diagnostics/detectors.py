@@ -17,6 +17,9 @@ from lora_dpo.diagnostics.findings import Failure, Finding
 
 Array = NDArray[np.float64]
 
+FELL_NATS = 1.0  # an answer; less is within what any run does
+SATURATED = 5.0  # a margin beyond it hardly pulls any more: the slope of the logistic loss is 0.7 %
+
 LENGTH_BIAS = Failure(
     "length bias",
     "the objective can lower its loss by preferring longer (or shorter) answers, whatever they say, "
@@ -171,7 +174,7 @@ def displacement(
         f"wanted answers moved by {mean:+.2f} nats, unwanted ones by "
         f"{measured['unwanted_logratio_nats']:+.2f}; {fell:.0%} of the wanted ones fell"
     )
-    return DISPLACEMENT(mean + 2 * _error(wanted) < -1.0 and fell >= 0.5, what, measured)
+    return DISPLACEMENT(mean + 2 * _error(wanted) < -FELL_NATS and fell >= 0.5, what, measured)
 
 
 @dataclass(frozen=True)
@@ -212,8 +215,8 @@ def over_optimisation(
         )
         reasons.append(per_token > 0.5)
     if len(margins):
-        measured["share_of_saturated_margins"] = float((margins > 5).mean())
-        parts.append(f"{measured['share_of_saturated_margins']:.0%} of the margins are above 5")
+        share = measured["share_of_saturated_margins"] = float((margins > SATURATED).mean())
+        parts.append(f"{share:.0%} of the margins are above {SATURATED:g}")
     if "accuracy" in held_out and len(held_out["accuracy"].values) > 1:
         best, last = (
             float(held_out["accuracy"].values.max()),
@@ -222,12 +225,12 @@ def over_optimisation(
         measured |= {"best_held_out_accuracy": best, "last_held_out_accuracy": last}
         parts.append(f"held-out accuracy {last:.2f}, at best {best:.2f}")
         error = math.sqrt(best * (1 - best) / max(rows, 1))
-        reasons.append(best - last > max(0.03, 2 * error) and _rises(training.get("accuracy")))
+        reasons.append(best - last > max(0.03, 2 * error) and rises(training.get("accuracy")))
     if "loss" in held_out and len(held_out["loss"].values) > 1:
         least, last = float(held_out["loss"].values.min()), float(held_out["loss"].values[-1])
         measured |= {"least_held_out_loss": least, "last_held_out_loss": last}
         parts.append(f"held-out loss {last:.3f}, at least {least:.3f}")
-        falls = _rises(training.get("loss"), sign=-1.0)
+        falls = rises(training.get("loss"), sign=-1.0)
         reasons.append(last - least > 0.1 * abs(least) and falls)
     if not reasons:
         return OVER_OPTIMISATION.not_measured("no samples, and no held-out metrics by step")
@@ -352,7 +355,7 @@ def _error(values: Array) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-def _rises(curve: Curve | None, sign: float = 1.0) -> bool:
+def rises(curve: Curve | None, sign: float = 1.0) -> bool:
     """Whether the later half of a curve is above the earlier one."""
     if curve is None or len(curve.values) < 2:
         return False

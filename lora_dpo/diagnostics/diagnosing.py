@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lora_dpo.data import Tokenised
@@ -23,6 +22,7 @@ from lora_dpo.diagnostics.measuring import (
     curves,
     pair_similarity,
     prompts_of,
+    rewards_by_side,
     sample,
     score,
 )
@@ -32,9 +32,10 @@ from lora_dpo.policy import adapter_change
 
 logger = logging.getLogger("lora_dpo")
 
-_TRAINING = {"loss": "loss", "accuracy": "rewards/accuracies", "grad_norm": "grad_norm",
+# our names for curves of ``metrics.jsonl``
+TRAINING = {"loss": "loss", "accuracy": "rewards/accuracies", "grad_norm": "grad_norm",
              "margin": "rewards/margins"}  # fmt: skip
-_HELD_OUT = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies"}
+HELD_OUT = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ def diagnose_policy(
     scored = score(policy, rows, batch_size=effort.batch_size, chunk=effort.chunk)
     wanted = np.array(labels, dtype=bool)
     sides = scored.take(wanted), scored.take(~wanted)
-    rewards = _rewards(policy, few, objective, wanted, effort)
+    rewards = _rewards(policy, few, objective, effort)
     paired = few.kind == "paired"
     answers = Answers((sides[0].lengths, sides[1].lengths), rewards, paired)
     ours, own = _samples(policy, tokenizer, few, effort)
-    training, held_out = curves(history, _TRAINING), curves(history, _HELD_OUT)
+    training, held_out = curves(history, TRAINING), curves(history, HELD_OUT)
     both = bool(wanted.any()) and bool((~wanted).any())
     findings = [
         _length_bias(answers, both, ours, own),
@@ -152,7 +153,7 @@ def _few(data: Tokenised, most: int) -> Tokenised:
 
 
 def _rewards(
-    policy: nn.Module, data: Tokenised, objective: BoundObjective, wanted: Any, effort: Effort
+    policy: nn.Module, data: Tokenised, objective: BoundObjective, effort: Effort
 ) -> tuple[Array, Array]:
     """Return the objective's own rewards of wanted and unwanted answers."""
     from lora_dpo.stepping import fitted
@@ -161,12 +162,7 @@ def _rewards(
     stats = collect_stats(
         policy, known, objective, batch_size=effort.batch_size, chunk=effort.chunk
     )
-    exact = stats.map(lambda _, v: v.double() if v.is_floating_point() else v)
-    with torch.no_grad():
-        found = [reward.numpy() for reward in objective.rewards(exact)]
-    if len(found) == 2:
-        return found[0], found[1]
-    return found[0][wanted], found[0][~wanted]
+    return rewards_by_side(objective, stats)
 
 
 def _samples(

@@ -17,7 +17,9 @@ from lora_dpo.data import LabelledBatch, Tokenised, collate_labelled
 from lora_dpo.forward import completion_logps, completion_token_logps
 from lora_dpo.generation import sample_ids
 from lora_dpo.heads import causal_lm, compute_context, home_device
+from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import reference
+from lora_dpo.stats import AnyStats, PairStats
 
 Array = NDArray[np.float64]
 LONGEST_COMPARED = 256  # tokens of an answer whose edit distance is taken
@@ -150,6 +152,17 @@ def prompts_of(data: Tokenised, most: int) -> list[list[int]]:
     by_key = dict(zip(data.rows["prompt_key"][:], range(len(data)), strict=True))
     places = list(by_key.values())
     return [data.rows[places[i]]["prompt_ids"] for i in _spread(len(places), most)]
+
+
+def rewards_by_side(objective: BoundObjective, stats: AnyStats) -> tuple[Array, Array]:
+    """Return the objective's own rewards of wanted and of unwanted answers."""
+    exact = stats.map(lambda _, v: v.double() if v.is_floating_point() else v)
+    with torch.no_grad():
+        found = [reward.numpy() for reward in objective.rewards(exact)]
+    if isinstance(stats, PairStats):
+        return found[0], found[1]
+    wanted = stats.labels.numpy()
+    return found[0][wanted], found[0][~wanted]
 
 
 def pair_similarity(policy: nn.Module, data: Tokenised, most: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lora_dpo.config import ModelConfig
 from lora_dpo.errors import ModelError
+from lora_dpo.showing import bars_on_terminals_only
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -104,13 +105,14 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            settings.base,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-            **options,
-        )
+        with bars_on_terminals_only():
+            base = AutoModelForCausalLM.from_pretrained(
+                settings.base,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                use_safetensors=True,
+                **options,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:500]
         raise ModelError(
