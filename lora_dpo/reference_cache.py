@@ -25,6 +25,7 @@ from lora_dpo.policy import reference
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "paired": ("reference_chosen_logps", "reference_rejected_logps"),
     "unpaired": ("reference_logps",),
+    "demonstrations": ("reference_logps",),
 }
 
 
