@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lora_dpo.checkup import doctor
     from lora_dpo.config import Config
     from lora_dpo.data import load_preferences, tokenise
+    from lora_dpo.drafting import init_config
     from lora_dpo.errors import LoraDpoError
     from lora_dpo.evaluation import evaluate_policy
     from lora_dpo.exporting import export_adapter, export_merged
+    from lora_dpo.finetuning import sft
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.inspecting import inspect_preferences
@@ -55,6 +57,7 @@ _HOME = {
     "export_merged": "exporting",
     "generate": "run",
     "generate_side_by_side": "generation",
+    "init_config": "drafting",
     "inspect_preferences": "inspecting",
     "labelled_stats": "forward",
     "load_policy": "policy",
@@ -64,6 +67,7 @@ _HOME = {
     "plan": "planning",
     "reference": "policy",
     "report": "reporting",
+    "sft": "finetuning",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
@@ -89,6 +93,7 @@ __all__ = [
     "export_merged",
     "generate",
     "generate_side_by_side",
+    "init_config",
     "inspect_preferences",
     "labelled_stats",
     "load_policy",
@@ -98,6 +103,7 @@ __all__ = [
     "plan",
     "reference",
     "report",
+    "sft",
     "stored_reference_logps",
     "tokenise",
     "train",

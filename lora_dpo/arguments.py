@@ -112,6 +112,8 @@ def argument_problems(values: Mapping[str, Any], ours: set[str]) -> list[str]:
         values: the section without our own keys.
         ours: our own keys, which a typing error may have meant.
     """
+    from lora_dpo.config.foreign import answer_to_option
+
     problems = []
     known = _field_types()
     for key, value in values.items():
@@ -119,6 +121,8 @@ def argument_problems(values: Mapping[str, Any], ours: set[str]) -> list[str]:
             problems.append(f"train: the key {key!r} is no text; expected the name of a setting.")
         elif key in REFUSED:
             problems.append(f"train.{key}: not a setting here; {REFUSED[key]}.")
+        elif key not in known and (answer := answer_to_option(f"train.{key}")):
+            problems.append(f"train.{key}: {answer}.")
         elif key not in known:
             legal = (set(known) - set(REFUSED)) | ours
             problems.append(
@@ -128,6 +132,11 @@ def argument_problems(values: Mapping[str, Any], ours: set[str]) -> list[str]:
         else:
             problems += _value_problems(key, value, known[key])
     return problems
+
+
+def argument_fields() -> set[str]:
+    """Return the fields of ``TrainingArguments`` that are settings here."""
+    return set(_field_types()) - set(REFUSED)
 
 
 def build_arguments(

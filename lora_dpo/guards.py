@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_dpo.config import Config
 from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.policy import adapter_folder
 from lora_dpo.store import fingerprint
 
 # Settings that may differ between a checkpoint and the run that resumes from it.
@@ -48,6 +49,9 @@ def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def check_context(config: Config, base: Any) -> None:
+    """Hold that rows fit the model's positions, and that the adapter to start from is there."""
+    if config.model.adapter is not None:
+        adapter_folder(config.model.adapter)
     longest = getattr(base.get_text_config(), "max_position_embeddings", None)
     if longest and config.data.max_length > longest:
         raise ConfigError(

@@ -6,17 +6,16 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from lora_dpo.config import Config
 from lora_dpo.data import DataReport, Preferences, Tokenised, load_preferences, tokenise
+from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import DataError, ModelError
 
 logger = logging.getLogger("lora_dpo")
-
-Kind = Literal["paired", "unpaired"]
 
 
 @dataclass(frozen=True)

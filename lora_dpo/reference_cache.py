@@ -26,6 +26,7 @@ from lora_dpo.showing import bar
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "paired": ("reference_chosen_logps", "reference_rejected_logps"),
     "unpaired": ("reference_logps",),
+    "demonstrations": ("reference_logps",),
 }
 
 

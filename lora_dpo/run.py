@@ -112,7 +112,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
         accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
-        logger.info("a step: %d x %d pairs", trainer.micro_batch, accumulated)
+        rows = "pairs" if objective.data == "paired" else "rows"
+        logger.info("a step: %d x %d %s", trainer.micro_batch, accumulated, rows)
         began = time.monotonic()
         with plan_and_measurement(trainer, folder / "plan.json"):
             trainer.train(resume_from_checkpoint=resume or None)

@@ -63,7 +63,8 @@ def tokenised(data: Any, tokenizer: Any, max_length: int, kind: Kind) -> Tokenis
     if rows.kind != kind:
         raise DataError(
             f"PreferenceTrainer: the data are {rows.kind}, and the objective takes {kind} rows; choose "
-            "another objective, or load the data with kind='unpaired' to read a pair as two rows."
+            f"another objective, or load the data with kind={kind!r}, which reads pairs as such rows "
+            "where it can."
         )
     return rows
 
@@ -142,7 +143,7 @@ def fitted(
 
 def balanced(bound: BoundObjective, train: Tokenised) -> BoundObjective:
     """Return the objective with weights that make up for unequal classes, and say so."""
-    if bound.data == "paired":
+    if bound.data != "unpaired":
         return bound
     wanted, unwanted = label_counts(train)
     weighed = bound.balanced(wanted, unwanted)

@@ -41,7 +41,7 @@ def rows(quickstart_model: Path) -> dict[str, Tokenised]:
             tokenizer,
             max_length=256,
         )
-        for kind in ("paired", "unpaired")
+        for kind in ("paired", "unpaired", "demonstrations")
     }
 
 

@@ -35,7 +35,10 @@ def inspect(
     ids: Annotated[bool, typer.Option(help="Show token ids.")] = False,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
     kind: Annotated[
-        str, typer.Option(help="What the objective needs: auto, paired or unpaired.")
+        str,
+        typer.Option(
+            help="What the objective needs: auto, paired, unpaired or demonstrations (sft)."
+        ),
     ] = "auto",
     readiness: Annotated[
         bool, typer.Option(help="Load the base in 4 bits and ask what it makes of the answers.")
@@ -48,7 +51,7 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """See data as the model will: format, counts, tokens, lengths, and whether the base is ready."""
-    one_of("--kind", kind, ("auto", "paired", "unpaired"))
+    one_of("--kind", kind, ("auto", "paired", "unpaired", "demonstrations"))
     with user_errors():
         from lora_dpo.config import data_settings
 

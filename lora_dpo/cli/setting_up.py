@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,56 @@ def doctor(
         show(found, json_)
     if found.blocks:
         raise typer.Exit(1)
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo init --model mistralai/Mistral-7B-v0.1 --data prefs.jsonl "
+    "--gpu rtx4090 --to my.yaml",
+)
+def init(
+    model: Annotated[str | None, typer.Option(help="The base: a folder or a hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Preferences or instruction data: a file or a hub id.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="A name of the table, or sft; by the data's kind if left out."),
+    ] = None,
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Held-out rows; else some are split off.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A card or its memory, as rtx4090 or 12GiB; else this one's.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The YAML file to write.")] = None,
+    set_: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a commented config for your model, data and card, fitted by the planner.
+
+    Without --model and --data it asks for what is missing.
+    """
+    with user_errors():
+        from lora_dpo.cli.asking import Wishes, completed
+
+        wishes = completed(Wishes(model, data, objective, eval_, gpu, to), overwrite=overwrite)
+        quiet_libraries(sys.stderr if json_ else None)
+        from lora_dpo.drafting import init_config
+
+        draft = init_config(
+            wishes.model, wishes.data, objective=wishes.objective, held_out=wishes.held_out,
+            gpu=wishes.gpu, overrides=set_ or [],
+        )  # fmt: skip
+        show(draft, json_)
+        if not yes and sys.stdin.isatty() and not typer.confirm(f"Write {wishes.to}?", True):
+            raise typer.Exit(0)
+        written = draft.write(wishes.to, overwrite=overwrite)
+        if not json_:
+            command = "sft" if draft.config.objective.name.startswith("sft") else "train"
+            print(f"written: {written}; start with: lora-dpo {command} {written}")
 
 
 @app.command(

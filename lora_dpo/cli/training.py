@@ -32,6 +32,27 @@ def train(
         run_training(checked, resume=resume)
 
 
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo sft configs/quickstart-sft.yaml; then lora-dpo train "
+    "configs/quickstart.yaml --set model.adapter=runs/quickstart-sft",
+)
+def sft(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as for train.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Fine-tune on the chosen side of preferences or on instruction data, to start train from."""
+    with user_errors():
+        from lora_dpo.config import Config
+
+        checked = Config.load(config, set_ or [])
+        quiet_libraries()
+        from lora_dpo.finetuning import sft as run_sft
+
+        run_sft(checked, resume=resume)
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: lora-dpo quickstart --to quickstart-run")
 def quickstart(
     to: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("quickstart-run"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from lora_dpo.config.foreign import answer_to_loss, answer_to_option
 from lora_dpo.config.sections import LoraConfig, Section, TrainConfig
 from lora_dpo.errors import ConfigError, nearest
 
@@ -24,8 +25,7 @@ def sentences(error: ValidationError, whole: type[Section]) -> Iterator[str]:
             place.pop()  # pydantic's name for one arm of a union
         where, given = ".".join(place), problem["input"]
         if problem["type"] == "extra_forbidden":
-            legal = _legal_keys(place[:-1], whole)
-            yield f"{where}: unknown key; expected one of {', '.join(legal)}.{nearest(place[-1], legal)}"
+            yield f"{where}: {_unknown(place, whole)}{_losses(place[-1], given)}"
         elif problem["type"] == "missing":
             where = _REQUIRED.get(where, where)
             yield f"{where}: missing; it is required. Add it to the YAML, or give --set {where}=..."
@@ -48,6 +48,36 @@ def problems_between(config: Config | None, values: Mapping[str, Any]) -> list[s
         *_train_problems(values.get("train", {})),
         *_adapter_problems(config),
     ]
+
+
+def _unknown(place: Sequence[str], whole: type[Section]) -> str:
+    """Return what a key should have been: another tool's, of another section, or the nearest."""
+    if answer := answer_to_option(".".join(place)):
+        return f"{answer}."
+    legal = _legal_keys(place[:-1], whole)
+    if len(place) == 1 and (answer := _of_a_section(place[0], whole)):
+        return answer
+    return f"unknown key; expected one of {', '.join(legal)}.{nearest(place[-1], legal)}"
+
+
+def _losses(key: str, given: Any) -> str:
+    """Return which objectives other tools' losses are, where a key names some."""
+    if key not in ("loss_type", "rl", "pref_loss"):
+        return ""
+    names = given if isinstance(given, list) else [given]
+    answers = ((name, answer_to_loss(name)) for name in names)
+    return "".join(f" {name} is {answer}." for name, answer in answers if answer)
+
+
+def _of_a_section(key: str, whole: type[Section]) -> str | None:
+    """Return where a key belongs that stands beside the sections, as other tools have it."""
+    from lora_dpo.arguments import REFUSED, argument_fields
+
+    if key in REFUSED:
+        return f"not a setting here; {REFUSED[key]}."
+    homes = [name for name in whole.model_fields if key in _legal_keys([name], whole)]
+    homes += ["train"] * (key in argument_fields())
+    return f"belongs into a section; here it is {homes[0]}.{key}." if homes else None
 
 
 def _legal_keys(path: Sequence[str], whole: type[Section]) -> list[str]:
@@ -82,8 +112,18 @@ def _objective_problems(values: Any) -> list[str]:
     try:
         objectives.build(values)
     except ConfigError as error:
-        return error.problems
+        return [_answered(problem, values) for problem in error.problems]
     return []
+
+
+def _answered(problem: str, values: Mapping[str, Any]) -> str:
+    """Return a problem of the objective, answered where it is another tool's word for one of ours."""
+    where = problem.partition(":")[0]
+    if where == "objective.name":
+        answer = answer_to_loss(values.get("name"))
+        return f"{where}: {values['name']} is {answer}." if answer else problem
+    answer = answer_to_option(where) if "no such hyperparameter" in problem else None
+    return f"{where}: {answer}." if answer else problem
 
 
 def _moving_problems(config: Config | None) -> list[str]:

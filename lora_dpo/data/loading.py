@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from lora_dpo.data.preferences import Kind, Preferences
 from lora_dpo.data.problems import BadRow, DroppedRow, Problems, listing
@@ -15,6 +15,7 @@ from lora_dpo.data.report import DataReport, excerpt
 from lora_dpo.data.rows import IDENTICAL, RowReader
 from lora_dpo.data.scores import RULES, RankingPairs, expand_rankings, name_scores
 from lora_dpo.data.shapes import KNOWN_COLUMNS, Shape, recognise
+from lora_dpo.data.singles import both_answers, demonstrations
 from lora_dpo.data.sources import Source, Spec, open_spec, specs
 from lora_dpo.errors import DataError, nearest
 
@@ -54,7 +55,9 @@ def load_preferences(
             be ``{"path": ..., "weight": ..., "split": ...}``.
         columns: our column name -> the name in the data, where it differs.
         split: which split of a hub or saved dataset to read.
-        kind: what the objective needs. Pairs asked for as ``"unpaired"`` give two rows each.
+        kind: what the objective needs. Pairs asked for as ``"unpaired"`` give two rows each; as
+            ``"demonstrations"`` their chosen side, and labelled rows those that are wanted. None
+            takes the data as they are; answers without a label are demonstrations then.
         transcripts: keep "Human:/Assistant:" transcripts as text, or read them as messages.
         identical: what to do where chosen equals rejected.
         empty: what to do with a blank prompt or answer.
@@ -84,7 +87,7 @@ def load_preferences(
             problems.raise_if_any()
             if not table.rows:
                 continue
-            shape = recognise(table)
+            shape = recognise(table, kind)
             shapes.append((shape, _why(table, shape, report)))
             rows += _read_table(table, shape, rules, report, problems)
         loaded.append((spec, rows))
@@ -92,6 +95,8 @@ def load_preferences(
     if not shapes:
         raise DataError("no rows are left:\n" + "\n".join(report.lines()))
     _check_shapes([shape for shape, _ in shapes], kind, rules, tables[0][1][0].name)
+    if kind == "demonstrations":
+        loaded = [(spec, list(demonstrations(rows, report))) for spec, rows in loaded]
     loaded = _without_duplicates(loaded, rules, report, problems)
     problems.raise_if_any()
     return _assemble(loaded, shapes, kind, report, seed)
@@ -106,7 +111,7 @@ def _check_options(rules: Rules, kind: str | None, columns: Mapping[str, str] | 
         "ranking_pairs": RULES,
     }
     given = {name: getattr(rules, name) for name in legal} | {"kind": kind}
-    for name, values in (legal | {"kind": ("paired", "unpaired", None)}).items():
+    for name, values in (legal | {"kind": (*get_args(Kind), None)}).items():
         if given[name] not in values:
             raise DataError(f"{name} is {given[name]!r}; expected one of {values}.")
     if rules.min_margin is not None and not (
@@ -237,9 +242,9 @@ def _first_text(part: Text) -> str:
 
 def _check_shapes(shapes: list[Shape], kind: str | None, rules: Rules, name: str) -> None:
     kinds = {shape.layout.kind for shape in shapes}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and kind != "demonstrations":
         raise DataError(
-            "the sources mix paired and unpaired rows: "
+            f"the sources mix {listing(sorted(kinds))} rows: "
             f"{listing(sorted({shape.name for shape in shapes}))}. Expected one kind of rows."
         )
     if kind == "paired" and kinds == {"unpaired"}:
@@ -248,10 +253,10 @@ def _check_shapes(shapes: list[Shape], kind: str | None, rules: Rules, name: str
             f"{name}: this file holds {columns} (unpaired) rows; a paired objective such as dpo "
             "needs prompt/chosen/rejected. Use an unpaired objective such as kto, or paired data."
         )
-    if kinds == {"unpaired"} and rules.min_margin is not None:
+    if "paired" not in kinds and rules.min_margin is not None:
         raise DataError(
-            f"{name}: min_margin compares the scores of pairs, and these rows are unpaired; leave "
-            "min_margin out."
+            f"{name}: min_margin compares the scores of pairs, and these rows are "
+            f"{listing(sorted(kinds))}; leave min_margin out."
         )
     if rules.transcripts == "messages" and not any(shape.transcript for shape in shapes):
         raise DataError(
@@ -312,8 +317,12 @@ def _assemble(
     names = list(dict.fromkeys(shape.name for shape, _ in shapes))
     why = [reason for _, reason in shapes]
     own = shapes[0][0].layout.kind
-    if kind == "unpaired" and own == "paired":
-        rows = [single for pair in rows for single in _singles(cast(Pair, pair))]
+    if kind == "demonstrations":
+        if own != kind:
+            names.append("their wanted answers alone")
+        own = kind
+    elif kind == "unpaired" and own == "paired":
+        rows = [single for pair in rows for single in both_answers(cast(Pair, pair))]
         report.added += len(rows) // 2
         names.append("each pair read as one wanted and one unwanted row")
         own = "unpaired"
@@ -336,10 +345,3 @@ def _weighted(
     for _ in range(whole):
         yield from rows
     yield from (rows[i] for i in sorted(sample))
-
-
-def _singles(pair: Pair) -> tuple[Labelled, Labelled]:
-    return (
-        Labelled(pair.prompt, pair.chosen, True, pair.origin, pair.tools),
-        Labelled(pair.prompt, pair.rejected, False, pair.origin, pair.tools),
-    )

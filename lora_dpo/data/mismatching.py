@@ -24,7 +24,7 @@ def with_mismatched(data: Tokenised) -> Tokenised:
         DataError: the data are pairs, or hold one prompt alone.
     """
     if data.kind != "unpaired":
-        raise DataError("mismatched completions are for unpaired rows; these are pairs.")
+        raise DataError(f"mismatched completions are for unpaired rows; these are {data.kind}.")
     if MISMATCHED in data.rows.column_names:
         return data
     keys, prompts = data.rows["prompt_key"][:], data.rows["prompt_ids"][:]

@@ -11,7 +11,8 @@ from lora_dpo.data.records import Labelled, Origin, Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.errors import DataError
 
-Kind = Literal["paired", "unpaired"]
+# pairs; single answers, wanted or not; single answers that are all wanted
+Kind = Literal["paired", "unpaired", "demonstrations"]
 
 
 @dataclass(frozen=True, repr=False)

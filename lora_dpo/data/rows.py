@@ -34,9 +34,9 @@ class RowReader:
         row, layout = raw.values, self.shape.layout
         repair = _Repairs(self.report, raw)
         tools = chat.to_tools(row.get("tools"))
-        if layout.kind == "unpaired":
-            prompt, completion = self._unpaired(row, repair)
-            label = _label(row.get(layout.label), layout.label)
+        if layout.kind != "paired":
+            prompt, completion = self._single(row, repair)
+            label = not layout.label or _label(row.get(layout.label), layout.label)
             return Labelled(prompt, completion, label, raw.origin, tools)
         sides = self._pair(row, repair)
         scores = [to_score(row.get(name), name) for name in SPELLINGS]
@@ -88,8 +88,9 @@ class RowReader:
         chosen, rejected = (chat.without_prompt(side, prompt) for side in (chosen, rejected))
         return _checked(prompt, chosen, rejected, derived=False)
 
-    def _unpaired(self, row: Mapping[str, Any], repair: chat.Repair) -> tuple[Text, Text]:
+    def _single(self, row: Mapping[str, Any], repair: chat.Repair) -> tuple[Text, Text]:
         layout = self.shape.layout
+        cut_out = layout.kind == "demonstrations" and not layout.answers
         value = row.get(layout.context)
         if not layout.answers:
             whole = chat.to_messages(value, layout.context, repair)
@@ -102,8 +103,8 @@ class RowReader:
             completion = chat.answer(row.get(layout.answers[0]), layout.answers[0], repair)
             prompt = self._prompt(row, value, layout.context, repair)
             completion = chat.without_prompt(completion, prompt)
-        chat.check_prompt(prompt, derived=False)
-        chat.check_answer(completion, (layout.answers or (layout.context,))[0], derived=False)
+        chat.check_answer(completion, (layout.answers or (layout.context,))[0], derived=cut_out)
+        chat.check_prompt(prompt, derived=cut_out)
         return prompt, completion
 
     def _answers(self, row: Mapping[str, Any]) -> list[tuple[Any, str]]:

@@ -15,6 +15,7 @@ from lora_dpo.errors import DataError, nearest
 
 # In order of preference: UltraFeedback has a prompt and, beside it, messages that hold the answer.
 CONTEXTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
+CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 COMPLETIONS = ("completion", "response", "output")
 LABELS = ("label", "kto_tag", "thumbs")
@@ -33,6 +34,11 @@ ACCEPTED = {
     ("prompt", "completion", "label"): "unpaired",
     ("prompt", "completions"): "answers with scores or ranks, made into pairs",
     ("messages", "label"): "unpaired, the answer being the last message",
+}
+DEMONSTRATED = {  # read where demonstrations are asked for, beside the wanted answers of all others
+    ("prompt", "completion"): "texts, or lists of messages",
+    ("messages",): "whole conversations, or ShareGPT's conversations",
+    ("instruction", "output"): "Alpaca, with or without input",
 }
 Form = Literal["text", "messages"]
 
@@ -81,7 +87,7 @@ def find_layout(columns: Iterable[str], row: Mapping[str, Any]) -> Layout | None
             return Layout("paired", context, pair)
     completion = next((name for name in COMPLETIONS if name in have and name != context), "")
     label = next((name for name in LABELS if name in have), "")
-    if label and context in ("messages", "conversations") and not completion:
+    if label and context in CONVERSATIONS and not completion:
         return Layout("unpaired", context, (), label)
     if label and context and completion:
         return Layout("unpaired", context, (completion,), label)
@@ -90,13 +96,31 @@ def find_layout(columns: Iterable[str], row: Mapping[str, Any]) -> Layout | None
     return None
 
 
-def recognise(table: Table) -> Shape:
-    """Return the shape of a table; columns of no known shape, or two shapes, raise."""
+def find_demonstrations(columns: Iterable[str]) -> Layout | None:
+    """Return the layout of single answers without a label, which are all wanted, or None."""
+    have = set(columns)
+    context = next((name for name in CONTEXTS if name in have), "")
+    completion = next((name for name in COMPLETIONS if name in have and name != context), "")
+    if context and completion:
+        return Layout("demonstrations", context, (completion,))
+    whole = next((name for name in CONVERSATIONS if name in have), "")
+    return Layout("demonstrations", whole, ()) if whole else None
+
+
+def recognise(table: Table, kind: Kind | None = None) -> Shape:
+    """Return the shape of a table; columns of no known shape, or two shapes, raise.
+
+    Args:
+        table: rows of one file.
+        kind: what is asked for; answers without a label are demonstrations where nothing else is.
+    """
     present = frozenset(k for row in table.rows for k, v in row.values.items() if v is not None)
     first = table.rows[0]
     layout = find_layout(present, first.values)
+    if layout is None and kind in (None, "demonstrations"):
+        layout = find_demonstrations(present)
     if layout is None:
-        raise DataError(_unknown_shape(table, present))
+        raise DataError(_unknown_shape(table, present, kind))
     _refuse_mixture(table, layout)
     forms = [form_of(row.values, layout) for row in table.rows]
     form = next((form for form in forms if form), None)
@@ -176,13 +200,15 @@ def _name(layout: Layout, form: Form | None, transcript: bool) -> str:
         "question": "Orca: ",
         "input": "Orca: ",
     }.get(layout.context, "")
-    return f"{style}{' / '.join(layout.columns)}, {what}"
+    wanted = ", demonstrations" if layout.kind == "demonstrations" else ""
+    return f"{style}{' / '.join(layout.columns)}, {what}{wanted}"
 
 
-def _unknown_shape(table: Table, present: frozenset[str]) -> str:
+def _unknown_shape(table: Table, present: frozenset[str], kind: Kind | None) -> str:
     columns = [name for name in table.columns if name in present]
-    shapes = [f"  {', '.join(names)}  ({what})" for names, what in ACCEPTED.items()]
-    best = max(ACCEPTED, key=lambda names: (_overlap(names, present), -len(names)))
+    known = (DEMONSTRATED if kind == "demonstrations" else {}) | ACCEPTED
+    shapes = [f"  {', '.join(names)}  ({what})" for names, what in known.items()]
+    best = max(known, key=lambda names: (_overlap(names, present), -len(names)))
     missing = [name for name in best if name not in present]
     hint = ""
     if missing:
@@ -191,6 +217,11 @@ def _unknown_shape(table: Table, present: frozenset[str]) -> str:
         hint = (
             f"\nNearest is {', '.join(best)}: {listing(missing)} missing.{close} If it is here "
             f"under another name, map it, as in {example}."
+        )
+    if demonstrated := find_demonstrations(present):
+        hint += (
+            f"\nAs they are, {listing(demonstrated.columns)} can be fine-tuned on: lora-dpo sft, "
+            "whose adapter a preference run then starts from."
         )
     return (
         f"{table.name}: columns of no known shape. Found: {', '.join(columns) or 'none'}. "

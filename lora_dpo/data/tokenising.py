@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 CHUNK = 1000
 BAR_FROM = 2000
 SCORES = ("chosen_score", "rejected_score")
-ANSWERS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
+ANSWERS = {
+    "paired": ("chosen", "rejected"),
+    "unpaired": ("completion",),
+    "demonstrations": ("completion",),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +39,7 @@ class Tokenised:
     """Token ids of every row that was kept, as a ``datasets.Dataset``.
 
     Columns: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (paired) or ``prompt_ids``,
-    ``completion_ids``, ``label`` (unpaired), and ``prompt_key``, ``file``, ``row``; pairs have
+    ``completion_ids``, ``label`` (unpaired, demonstrations), and ``prompt_key``, ``file``, ``row``; pairs have
     ``chosen_score`` and ``rejected_score`` too, null where the data have none. The report is of this
     stage alone: ``len(tokenised) == len(preferences) - report.dropped``.
     """
@@ -199,7 +203,7 @@ def _nothing_left(fitter: Fitter, measure: Measure) -> str:
 
 def _features(datasets: Any, kind: str) -> dict[str, Any]:
     ids, text = [datasets.Value("int32")], datasets.Value("string")
-    label = {"label": datasets.Value("bool")} if kind == "unpaired" else {}
+    label = {"label": datasets.Value("bool")} if kind != "paired" else {}
     answers = {f"{name}_ids": ids for name in ANSWERS[kind]}
     scores = {name: datasets.Value("float64") for name in SCORES if kind == "paired"}
     place = {"prompt_key": text, "file": text, "row": datasets.Value("int64")}

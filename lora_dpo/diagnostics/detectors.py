@@ -170,10 +170,8 @@ def displacement(
         "share_of_wanted_that_fell": fell,
         **(similarity or {}),
     }
-    what = (
-        f"wanted answers moved by {mean:+.2f} nats, unwanted ones by "
-        f"{measured['unwanted_logratio_nats']:+.2f}; {fell:.0%} of the wanted ones fell"
-    )
+    others = f", unwanted ones by {measured['unwanted_logratio_nats']:+.2f}" * bool(len(unwanted))
+    what = f"wanted answers moved by {mean:+.2f} nats{others}; {fell:.0%} of the wanted ones fell"
     return DISPLACEMENT(mean + 2 * _error(wanted) < -FELL_NATS and fell >= 0.5, what, measured)
 
 
@@ -254,9 +252,10 @@ def reference_mismatch(wanted: Array, unwanted: Array, own: Array) -> Finding:
         "unwanted_nats_a_token": float(unwanted.mean()) if len(unwanted) else math.nan,
         "own_samples_nats_a_token": float(own.mean()),
     }
+    others = f" of an unwanted one {measured['unwanted_nats_a_token']:.2f}," * bool(len(unwanted))
     what = (
-        f"under the reference a token of a wanted answer has {wanted.mean():.2f} nats, of an unwanted "
-        f"one {measured['unwanted_nats_a_token']:.2f}, of its own samples {own.mean():.2f}"
+        f"under the reference a token of a wanted answer has {wanted.mean():.2f} nats,{others} of its "
+        f"own samples {own.mean():.2f}"
     )
     return REFERENCE_MISMATCH(gap > 1.0 and gap > 3 * error, what, measured)
 

@@ -91,11 +91,14 @@ def diagnose_policy(
     ours, own = _samples(policy, tokenizer, few, effort)
     training, held_out = curves(history, TRAINING), curves(history, HELD_OUT)
     both = bool(wanted.any()) and bool((~wanted).any())
+    away = few.kind == "demonstrations"  # to leave the base is what they are for
     findings = [
         _length_bias(answers, both, ours, own),
         _displacement(policy, few, sides, effort),
-        _over_optimisation(ours, rewards, paired, held_out, training, len(few)),
-        _mismatch(policy, rows, wanted, own, effort),
+        _over_optimisation(None if away else ours, rewards, paired, held_out, training, len(few)),
+        detectors.REFERENCE_MISMATCH.not_measured("fine-tuning is what mends it")
+        if away
+        else _mismatch(policy, rows, wanted, own, effort),
         _noise(margins, paired),
         detectors.not_learning(scored.logratios, adapter_change(policy), training),
     ]

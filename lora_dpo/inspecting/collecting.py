@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lora_dpo.config import Config
 from lora_dpo.data import Preferences, Tokenised
+from lora_dpo.data.preferences import Kind
 from lora_dpo.data.tokenising import ANSWERS
 from lora_dpo.data.vocabulary import Vocabulary, read_vocabulary
 from lora_dpo.diagnostics import Effort, detectors
@@ -43,7 +44,7 @@ def inspect_preferences(
     base: str | Path,
     *,
     held_out: Any = None,
-    kind: Literal["paired", "unpaired"] | None = None,
+    kind: Kind | None = None,
     rows: int = 3,
     ids: bool = False,
     readiness: bool = True,

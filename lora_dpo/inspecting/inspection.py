@@ -23,7 +23,7 @@ class Inspection(Displayed):
     Args:
         subject: what was looked at.
         base: the model whose tokenizer was used.
-        kind: ``paired`` or ``unpaired``.
+        kind: ``paired``, ``unpaired`` or ``demonstrations``.
         shape: the recognised format.
         why: the columns that decided.
         read: rows of the files.
@@ -95,7 +95,7 @@ class Inspection(Displayed):
             f"{work.padded} tokens padded (a row a micro-batch), {work.flat} laid flat: "
             f"{work.saved:.1%} saved"
         )
-        if self.kind == "unpaired":
+        if self.kind != "paired":
             return whole
         return f"{whole}; {work.saved_by_sharing:.1%} by what both answers share, prompts above all"
 

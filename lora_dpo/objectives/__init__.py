@@ -33,6 +33,7 @@ from lora_dpo.objectives.reference_free import (
     cpo_ipo,
     dpo_reference_free,
     sft,
+    sft_demonstrations,
     slic_hf,
 )
 from lora_dpo.objectives.scored import (
@@ -123,6 +124,7 @@ __all__ = [
     "rpo_sq",
     "sampo",
     "sft",
+    "sft_demonstrations",
     "simper",
     "simpo",
     "simpo_hinge",

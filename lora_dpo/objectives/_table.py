@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from torch import Tensor
 
 from lora_dpo.errors import ConfigError, nearest
-from lora_dpo.objectives.bound import BoundObjective, State, Term
+from lora_dpo.objectives.bound import BoundObjective, Data, State, Term
 from lora_dpo.stats import LABELLED_NEEDS, PAIR_NEEDS
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -88,7 +88,8 @@ class Objective:
             keyword-only hyperparameters.
         rewards: the objective's own implicit rewards: ``(chosen, rejected)`` of pairs, ``(reward,)``
             of labelled rows, each ``[batch]``.
-        data: ``paired`` or ``unpaired`` rows.
+        data: ``paired`` rows, ``unpaired`` ones with a label, or ``demonstrations``: single answers that
+            are all wanted.
         reference: whether it reads the reference; if not, the reference never runs.
         logps: whether it reads summed or per-token mean log-probs.
         needs: statistics beyond log-probs that it reads; ``stats.PAIR_NEEDS`` lists them.
@@ -108,7 +109,7 @@ class Objective:
     name: str
     loss: Loss
     rewards: Rewards
-    data: Literal["paired", "unpaired"]
+    data: Data
     reference: bool
     logps: Literal["sum", "mean"]
     monotone: bool
@@ -184,7 +185,7 @@ class Objective:
 def objective(
     *,
     rewards: Rewards,
-    data: Literal["paired", "unpaired"],
+    data: Data,
     reference: bool,
     logps: Literal["sum", "mean"],
     monotone: bool,
@@ -222,7 +223,7 @@ def objective(
                 f"objective {name!r}: a state has initial_state and update, or neither."
             )
         found = _read_hyperparameters(loss, skip=1 if initial_state is None else 2)
-        own = {"nll_weight": None} if data == "unpaired" or "nll_weight" in found else {}
+        own = {"nll_weight": None} if data != "paired" or "nll_weight" in found else {}
         OBJECTIVES[name] = Objective(
             name=name,
             loss=loss,

@@ -14,6 +14,7 @@ from lora_dpo.stats import UNKEPT, AnyStats, PairStats
 if TYPE_CHECKING:
     from lora_dpo.objectives._table import Objective
 
+Data = Literal["paired", "unpaired", "demonstrations"]
 State = Mapping[str, float]
 States = Mapping[str, State]
 
@@ -130,7 +131,7 @@ class BoundObjective:
         return " + ".join(term.objective.name for term in self.terms)
 
     @property
-    def data(self) -> Literal["paired", "unpaired"]:
+    def data(self) -> Data:
         """The kind of rows that it trains on."""
         return self.objective.data
 

@@ -7,7 +7,7 @@ from torch.nn.functional import relu
 
 from lora_dpo.objectives._maths import logistic
 from lora_dpo.objectives._table import NonNegative, Positive, Smoothing, objective
-from lora_dpo.stats import PairStats
+from lora_dpo.stats import LabelledStats, PairStats
 
 
 def scaled_logps(stats: PairStats, *, beta: float, **_: float) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,49 @@ def sft(stats: PairStats) -> Tensor:
         LLaMA-Factory's ``pref_ftx`` and OpenRLHF, which average the means of the rows.
     """
     return -stats.policy_mean_chosen_logps
+
+
+def mean_logp(stats: LabelledStats, **_: float) -> tuple[Tensor]:
+    """Implicit rewards without a scale: the log-prob per token of single answers."""
+    return (stats.policy_mean_logps,)
+
+
+@objective(
+    rewards=mean_logp,
+    data="demonstrations",
+    reference=False,
+    logps="mean",
+    monotone=True,
+    extremes="linear",
+    reduction="tokens",
+    paper="Training language models to follow instructions with human feedback (Ouyang et al., 2022)",
+    arxiv="2203.02155",
+    equation="supervised fine-tuning on demonstrations",
+)
+def sft_demonstrations(stats: LabelledStats) -> Tensor:
+    """Supervised fine-tuning on single answers: negative log-likelihood per token.
+
+    ``-logp / length``; a batch is averaged over tokens, not over rows.
+
+    Args:
+        stats: log-probs of a batch of single answers, nats, each ``[batch]``. Labels are not read:
+            data asked for as ``demonstrations`` hold wanted answers alone.
+
+    Returns:
+        Losses ``[batch]``, nats a token, non-negative.
+
+    Limits:
+        0 for a certain completion; linear in the log-prob.
+
+    Source:
+        Maximum likelihood, as the first step of arXiv:2203.02155. The mean over the tokens of the
+        optimiser step is what transformers, TRL's SFT and LLaMA-Factory take: a long answer
+        counts by its length, and no split of the step changes the gradient.
+
+    Differs from:
+        ``sft``, its form on pairs, which runs the rejected side too, to report on it.
+    """
+    return -stats.policy_mean_logps
 
 
 _CPO = "Contrastive Preference Optimization: Pushing the Boundaries of LLM Translation (Xu et al., 2024)"

@@ -1,6 +1,6 @@
 """Whether a run fits a card, before any weight is loaded: bytes by part, time, and what to change."""
 
-from lora_dpo.planning.asking import optimiser_bytes, plan, plan_policy
+from lora_dpo.planning.asking import Question, optimiser_bytes, plan, plan_policy, question_of
 from lora_dpo.planning.cards import CARDS, Card, card_of, this_card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
@@ -14,6 +14,7 @@ __all__ = [
     "Card",
     "Lengths",
     "Plan",
+    "Question",
     "Remedy",
     "Setting",
     "card_of",
@@ -23,5 +24,6 @@ __all__ = [
     "optimiser_bytes",
     "plan",
     "plan_policy",
+    "question_of",
     "this_card",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from lora_dpo.planning.measuring import Setting, of_depth
 from lora_dpo.planning.plans import Plan, make_plan
 from lora_dpo.policy import (
     REFERENCE,
+    adapter_folder,
     check_base,
     compute_dtype,
     peft_config,
     policy_adapter,
     stored_kind,
     unwrap,
+    without_dropout,
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.run_folder import bound_objective
@@ -40,6 +43,34 @@ from lora_dpo.stepping import Batches, batches_of, recomputes, row_length
 _BESIDE = {"hard": 1.0, "factors": 1.0, "soft": 2.0}
 # Bytes of state for each trained weight, by what stands in the optimiser's name.
 _STATES = (("paged", 0.0), ("8bit", 2.0), ("adafactor", 0.1), ("sgd", 4.0), ("lion", 4.0))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a plan is asked about: a model, rows, how they become steps, and the room for it all."""
+
+    base: str
+    setting: Setting
+    rows: Sequence[Mapping[str, Any]]
+    batches: Batches
+    room: int | None
+    room_is: str
+    recompute: bool
+    card: Card | None
+
+    def answer(self, *, remedies: bool = True) -> Plan:
+        """Return the plan.
+
+        Args:
+            remedies: whether to look for them where it does not fit.
+
+        Raises:
+            ModelError: a model whose step cannot be run without its weights.
+        """
+        options: Any = {"room": self.room, "room_is": self.room_is, "recompute": self.recompute}
+        options |= {"card": self.card, "remedies": remedies}
+        with _imagined(self.base):
+            return make_plan(self.setting, self.rows, self.batches, **options)
 
 
 def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = None) -> Plan:
@@ -55,11 +86,20 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
     """
     if not isinstance(config, Config):
         config = Config.load(config) if isinstance(config, (str, Path)) else Config.parse(config)
+    if gpu:
+        card_of(gpu)  # a slip is told before data are read
+    check_context(config, check_base(config.model))
+    rows = prepare_data(config, load_tokenizer(config), bound_objective(config).data).train.rows
+    return question_of(config, list(rows), gpu=gpu).answer()
+
+
+def question_of(
+    config: Config, rows: Sequence[Mapping[str, Any]], *, gpu: str | None = None
+) -> Question:
+    """Return what a plan of a config is asked about, with rows that are tokenised already."""
     card = card_of(gpu) if gpu else this_card()
-    architecture = check_base(config.model)
-    check_context(config, architecture)
+    architecture = without_dropout(check_base(config.model))  # as it is loaded
     objective = bound_objective(config)
-    rows = list(prepare_data(config, load_tokenizer(config), objective.data).train.rows)
     arguments = build_arguments(config.train.further, output_dir=config.output.dir, evaluates=False)
     adapter = config.model.adapter
     stored = getattr(architecture, "quantization_config", None)
@@ -84,17 +124,23 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
     if budget is not None:
         room, words = int(budget * GIB), "train.memory_budget_gib"
     batches = batches_of(arguments, config.train.max_tokens_per_batch)
-    options: dict[str, Any] = {"recompute": recomputes(arguments), "card": card}
-    try:
+    with _imagined(config.model.base):
         longest = max(map(row_length, rows))
         setting = _as_the_engine_would(setting, config.train.engine, longest)
-        return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+    recompute = recomputes(arguments)
+    return Question(config.model.base, setting, rows, batches, room, words, recompute, card)
+
+
+@contextmanager
+def _imagined(base: str) -> Iterator[None]:
+    try:
+        yield
     except LoraDpoError:
         raise
     except Exception as error:  # whatever a library says to tensors without values
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"plan: a step of {config.model.base!r} with these settings cannot be run without weights "
+            f"plan: a step of {base!r} with these settings cannot be run without weights "
             f"({type(error).__name__}: {reason}). Training may work all the same."
         ) from None
 
@@ -194,7 +240,9 @@ def _dtype(asked: str, card: Card | None, *, given: bool) -> torch.dtype:
 
 def _stored_lora(adapter: str) -> Any:
     try:
-        return peft.PeftConfig.from_pretrained(adapter)  # a LoraConfig, or refused at loading
+        return peft.PeftConfig.from_pretrained(
+            str(adapter_folder(adapter))
+        )  # a LoraConfig, or refused at loading
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.adapter {adapter!r}: no adapter's config could be read ({error})."

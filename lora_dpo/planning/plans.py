@@ -131,6 +131,7 @@ def make_plan(
     room_is: str = "the memory",
     recompute: bool = True,
     card: Card | None = None,
+    remedies: bool = True,
 ) -> Plan:
     """Measure a step on fake tensors and decide how many layers are recomputed.
 
@@ -141,6 +142,7 @@ def make_plan(
         room, room_is: bytes that it may take, and what limits it.
         recompute: whether layers may be recomputed: as few as fit; all where nothing limits it.
         card: whose rates the time is computed with.
+        remedies: whether to look for them where it does not fit.
     """
     largest = largest_micro_batch(rows, batches, flat=setting.flat)
     accumulates = batches.accumulated > 1
@@ -162,7 +164,9 @@ def make_plan(
     lengths = Lengths.of(rows, batches.micro_batch)
     plan = Plan(found, setting, batches, lengths, room, room_is, layers, offloaded)
     plan = replace(plan, seconds=_seconds(plan, card))
-    return plan if plan.fits is not False else replace(plan, remedies=_remedies(plan, rows))
+    if plan.fits is not False or not remedies:
+        return plan
+    return replace(plan, remedies=_remedies(plan, rows))
 
 
 def _remedies(plan: Plan, rows: Sequence[Row]) -> tuple[Remedy, ...]:

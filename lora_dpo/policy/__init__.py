@@ -2,6 +2,7 @@
 
 from lora_dpo.policy.adapters import (
     ADAPTER,
+    adapter_folder,
     equals_reference,
     is_fresh,
     load_adapter,
@@ -17,6 +18,7 @@ from lora_dpo.policy.bases import (
     default_device,
     load_base,
     stored_kind,
+    without_dropout,
 )
 from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
 from lora_dpo.policy.identity import reference_identity
@@ -48,6 +50,7 @@ __all__ = [
     "PolicyFacts",
     "ReferenceUpdate",
     "adapter_change",
+    "adapter_folder",
     "check_base",
     "compute_dtype",
     "default_device",
@@ -74,5 +77,6 @@ __all__ = [
     "snapshot_reference",
     "stored_kind",
     "unwrap",
+    "without_dropout",
     "write_reference",
 ]

@@ -41,6 +41,7 @@ from lora_dpo.policy.switching import REFERENCE, policy_adapter, unwrap
 logger = logging.getLogger("lora_dpo")
 
 ADAPTER = "default"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def load_policy(
@@ -58,7 +59,8 @@ def load_policy(
         base: a folder, a hub id, or a loaded causal language model (then nothing is loaded).
         quantisation: ``nf4``, ``fp4``, ``int8`` or ``none``.
         lora: a ``peft.LoraConfig`` or ours; rank 16 on all linear layers if left out.
-        adapter: a saved adapter to start from. Its frozen copy becomes the reference.
+        adapter: a saved adapter to start from, or a finished run's folder. Its frozen copy becomes
+            the reference.
         device: where it lives; the current accelerator, or the CPU.
         settings: further fields of ``lora_dpo.config.ModelConfig``, such as ``compute_dtype``.
 
@@ -224,17 +226,34 @@ def peft_config(settings: LoraConfig) -> peft.LoraConfig:
     )
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter that is given as such, or as the folder of a finished run.
+
+    Raises:
+        ModelError: neither; where a run has not ended, what to do about it.
+    """
+    folder = Path(path)
+    for found in (folder, folder / "adapter"):
+        if (found / ADAPTER_FILE).is_file():
+            return found
+    unfinished = (folder / "config.yaml").is_file()
+    raise ModelError(
+        f"{folder}: no adapter there (adapter_config.json is missing). "
+        + (
+            "This run has not ended: go on with --resume, or give one of its checkpoints."
+            if unfinished
+            else "Give the folder that peft or lora-dpo wrote, or that of a finished run."
+        )
+    )
+
+
 def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    return prepare_policy(_from_pretrained(base, adapter), reference_is="start")
+    policy = _from_pretrained(base, adapter_folder(adapter))
+    return prepare_policy(policy, reference_is="start")
 
 
 def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{adapter}: no adapter there (adapter_config.json is missing). Give the folder that peft "
-            "or lora-dpo wrote."
-        )
+    path = adapter_folder(adapter) / ADAPTER_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -98,7 +98,7 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
     device = device or default_device()
     dtype = compute_dtype(settings.compute_dtype, device)
     options: dict[str, Any] = {"device_map": {"": device}, "dtype": dtype}
-    options["config"] = _without_dropout(config)
+    options["config"] = without_dropout(config)
     stored = getattr(config, "quantization_config", None)
     if not stored and settings.quantisation != "none":
         options["quantization_config"] = _quantisation(settings, dtype)
@@ -193,7 +193,8 @@ def silence_base_dropout(model: nn.Module) -> list[str]:
     return changed
 
 
-def _without_dropout(config: Any) -> Any:
+def without_dropout(config: Any) -> Any:
+    """Turn off, in place, every dropout that a model's config names, and return the config."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if _is_dropout(key) and isinstance(value, float):

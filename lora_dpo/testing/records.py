@@ -34,9 +34,13 @@ def make_stats(
     chosen, rejected, fixed_chosen, fixed_rejected = (
         torch.tensor(values, dtype=dtype) for values in (*policy, *fixed)
     )
-    if row.data == "unpaired":
+    if row.data != "paired":
         return _labelled(
-            (chosen, rejected), (fixed_chosen, fixed_rejected), wanted, reference=reference
+            (chosen, rejected),
+            (fixed_chosen, fixed_rejected),
+            wanted,
+            reference=reference,
+            all_wanted=row.data == "demonstrations",
         )
     count = len(chosen)
     fields = {
@@ -70,9 +74,11 @@ def _labelled(
     needs: frozenset[str],
     *,
     reference: bool,
+    all_wanted: bool,
 ) -> LabelledStats:
     ours, theirs = torch.cat(policy), torch.cat(fixed)
     labels = torch.cat([torch.ones(len(policy[0])), torch.zeros(len(policy[1]))]).bool()
+    labels |= all_wanted
     fields = {"policy_logps": ours, "lengths": torch.full((len(ours),), 7), "labels": labels}
     if reference:
         fields["reference_logps"] = theirs
