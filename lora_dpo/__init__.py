@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.inspecting import inspect_preferences
+    from lora_dpo.judging import ask_both_orders, open_judge
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         train,
     )
     from lora_dpo.run_folder import Run
+    from lora_dpo.scoring import score
     from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
 
@@ -42,6 +44,7 @@ _HOME = {
     "PairStats": "stats",
     "PreferenceTrainer": "trainer",
     "Run": "run_folder",
+    "ask_both_orders": "judging",
     "completion_logps": "forward",
     "diagnose": "run",
     "diagnose_preferences": "run",
@@ -58,9 +61,11 @@ _HOME = {
     "load_policy": "policy",
     "load_preferences": "data",
     "objectives": "objectives",
+    "open_judge": "judging",
     "pair_stats": "forward",
     "plan": "planning",
     "reference": "policy",
+    "score": "scoring",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
@@ -75,6 +80,7 @@ __all__ = [
     "PairStats",
     "PreferenceTrainer",
     "Run",
+    "ask_both_orders",
     "completion_logps",
     "diagnose",
     "diagnose_preferences",
@@ -91,9 +97,11 @@ __all__ = [
     "load_policy",
     "load_preferences",
     "objectives",
+    "open_judge",
     "pair_stats",
     "plan",
     "reference",
+    "score",
     "stored_reference_logps",
     "tokenise",
     "train",
