@@ -8,7 +8,12 @@ Every run has a process of its own, and the runs of a repeat alternate. A run is
 (reference log-probs in a pass before training, charged to the pairs), ``padding_free`` (accepted and
 switched off by TRL 1.16), ``liger``, and ``fp32`` (adapters kept in float32 as ours are, which TRL has
 no option for; on a CPU it can be the faster). Ratios are ours to TRL's best, at equal checkpointing
-and at the best of each.
+and at the best of each; beside each stands the ceiling that the operations alone would allow.
+
+    python benchmarks/compare_trl.py --longest --preset llama3-8b --mem-cap-gib 12
+
+finds the longest pair (``--prompt`` to ``--response`` keep their ratio) that each run can train under
+the cap, one pair at a time. On a CPU the cap is held against peak memory above the built model.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,6 +101,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--ours", type=key_value, action="append", default=[], metavar="KEY=VALUE")
     add("--device", choices=("cpu", "cuda"))
     add("--mem-cap-gib", type=float, help="cap of torch's CUDA allocator: a smaller card")
+    add("--longest", action="store_true", help="search the longest pair under --mem-cap-gib")
     add("--seed", type=int, default=0)
     add("--name", help="of the result file; made from the settings by default")
     add("--out", type=Path, help="folder of the results; benchmarks/results by default")
@@ -114,20 +121,26 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--steps, --micro, --accum, --repeats, --epochs: 1 or more; --warmup: 0 or more."
         )
-    if args.mem_cap_gib and args.device == "cpu":
+    if args.mem_cap_gib and args.device == "cpu" and not args.longest:
         parser.error("--mem-cap-gib caps CUDA's allocator; leave it out on a CPU.")
+    if args.longest and (not args.mem_cap_gib or args.data):
+        parser.error("--longest: give --mem-cap-gib, and lengths in place of --data.")
     return args
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Return the config of the model that is trained."""
+    if not args.model:
+        return shapes.preset_config(args.preset, args.layers)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(args.model)
 
 
 def write_pairs(args: argparse.Namespace, file: Path) -> list[dict[str, list[int]]]:
     """Write the pairs that every run reads."""
     count = (args.warmup + args.steps) * args.micro * args.accum
-    if args.model:
-        from transformers import AutoConfig
-
-        vocab = AutoConfig.from_pretrained(args.model).vocab_size
-    else:
-        vocab = shapes.PRESETS[args.preset][1]["vocab_size"]
+    vocab = model_config(args).vocab_size
     if args.data:
         source = args.tokenizer or args.model or str(TOKENIZER)
         pairs = shapes.real_pairs(args.data, source, vocab, count, args.max_length, args.seed)
@@ -170,6 +183,57 @@ def one_run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
     return {"error": f"exit status {done.returncode}: {tail[0][:300]}"}
 
 
+# ---- the longest pair under a cap ----------------------------------------------------------------
+
+
+def longest(
+    args: argparse.Namespace, name: str, folder: Path, run: Callable[..., dict[str, Any]] = one_run
+) -> dict[str, Any]:
+    """Return the longest pair that a run trains under the cap, to one part in sixteen."""
+    ratio, tried = args.response / args.prompt, []
+    limit = model_config(args).max_position_embeddings
+
+    def fits(prompt: int) -> bool:
+        args.prompt, args.response = prompt, max(2, round(prompt * ratio))
+        write_pairs(args, folder / "pairs.jsonl")
+        found = run(args, name, folder)
+        if "error" in found and "out of memory" not in found["error"]:
+            raise SystemExit(f"{name} at {prompt} + 2 x {args.response}: {found['error']}")
+        peak = found.get("memory_gib", {}).get("peak", float("inf"))
+        good = "error" not in found and peak <= args.mem_cap_gib
+        tried.append({"prompt": prompt, "response": args.response, "peak_gib": peak, "fits": good})
+        print(json.dumps({"run": name, **tried[-1]}), flush=True)
+        return good
+
+    most = int(limit / (1 + ratio))
+    low, high = 0, min(32, most)
+    while fits(high):
+        low, high = high, min(2 * high, most)
+        if low == most:
+            break
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return {
+        "prompt": low,
+        "response": max(2, round(low * ratio)) if low else 0,
+        "limited_by": "positions of the model" if low == most else "memory",
+        "tried": tried,
+    }
+
+
+def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Search with every run; a pair a micro-batch, and a micro-batch a step."""
+    args.micro = args.accum = args.steps = args.warmup = 1
+    asked = args.prompt, args.response
+    found = {}
+    for name in args.runs:
+        args.prompt, args.response = asked
+        found[name] = longest(args, name, folder)
+    args.prompt, args.response = asked
+    return found
+
+
 # ---- summary -------------------------------------------------------------------------------------
 
 MEASURES = ("pairs_per_s", "cpu_s_per_pair", "tokens_per_s")
@@ -179,8 +243,13 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return each run's medians over the repeats, and the ratios."""
+def summarise(runs: list[dict[str, Any]], work: dict[str, float] | None = None) -> dict[str, Any]:
+    """Return each run's medians over the repeats, and the ratios.
+
+    Args:
+        runs: of all repeats.
+        work: floating-point operations a pair, by name of run.
+    """
     table: dict[str, Any] = {}
     for name in dict.fromkeys(run["run"] for run in runs):
         good = [run for run in runs if run["run"] == name and "error" not in run]
@@ -196,6 +265,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         row["peak_gib"] = _spread([run["memory_gib"]["peak"] for run in good])
         row["first_loss"] = good[0]["first_loss"]
+        row["tflop_per_pair"] = (work or {}).get(name, 0.0) / 1e12
         row["repeats"] = len(good)
         row["failed"] = sum(run["run"] == name for run in runs) - len(good)
         table[name] = row
@@ -223,7 +293,21 @@ def ratios(rows: dict[str, Any]) -> dict[str, Any] | None:
         mine, rival = (best(sides[side], key=median) for side in ("ours", "trl"))
         ratio = median(mine) / median(rival) if median(rival) > 0 else None
         found[key] = {"ours": mine, "trl": rival, "ratio": ratio and round(ratio, 3)}
+    mine, rival = (found["pairs_per_s"][side] for side in ("ours", "trl"))
+    if done := good[mine]["tflop_per_pair"]:
+        found["pairs_per_s"]["ceiling"] = round(good[rival]["tflop_per_pair"] / done, 3)
     return found
+
+
+def operations(args: argparse.Namespace, pairs: list[dict[str, list[int]]]) -> dict[str, float]:
+    """Return the floating-point operations of a mean pair in every run."""
+    config = model_config(args)
+    options = {"rank": args.rank, "epochs": args.epochs}
+    return {
+        name: shapes.flop(config, pairs, side, variant, **options) / len(pairs)
+        for name in args.runs
+        for side, *variant in [name.split("+")]
+    }
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -267,7 +351,11 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{row['first_loss']:.4f}")
     for key, found in summary["ours_to_trl"].items():
         if found:
-            parts = [f"{k} {v['ratio']} ({v['ours']} / {v['trl']})" for k, v in found.items()]
+            parts = [
+                f"{k} {v['ratio']} ({v['ours']} / {v['trl']}"
+                + (f"; operations alone {v['ceiling']})" if "ceiling" in v else ")")
+                for k, v in found.items()
+            ]
             print(f"ours/TRL, {key}: " + ", ".join(parts))
 
 
@@ -294,6 +382,18 @@ def main(words: list[str] | None = None) -> int:
     out = args.out or HERE / "results"
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
+    facts = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(args.device),
+        "versions": versions(),
+        "settings": settings_of(args),
+    }
+    if args.longest:
+        with tempfile.TemporaryDirectory(prefix="compare_trl_") as folder:
+            found = search(args, Path(folder))
+        for run, best in found.items():
+            print(f"{run:24s} {best['prompt']} + 2 x {best['response']} ({best['limited_by']})")
+        return write(out / f"longest_trl_{name}.json", {**facts, "longest": found})
     with tempfile.TemporaryDirectory(prefix="compare_trl_") as folder:
         pairs = write_pairs(args, Path(folder) / "pairs.jsonl")
         for repeat in range(args.repeats):
@@ -302,19 +402,21 @@ def main(words: list[str] | None = None) -> int:
                 print(json.dumps(runs[-1]), flush=True)
     lengths = [shapes.usual_tokens(pair) for pair in pairs]
     report = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": machine(args.device),
-        "versions": versions(),
-        "settings": settings_of(args),
+        **facts,
         "pairs": {"count": len(pairs), "usual_tokens": _spread(lengths)},
-        "summary": summarise(runs),
+        "summary": summarise(runs, operations(args, pairs)),
         "runs": runs,
     }
-    file = out / f"compare_trl_{name}.json"
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(report["summary"])
-    print(f"written: {file.name}")
+    write(out / f"compare_trl_{name}.json", report)
     return 1 if any("error" in run for run in runs) else 0
+
+
+def write(file: Path, report: dict[str, Any]) -> int:
+    """Write a result, and return that all went well."""
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {file.name}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -172,6 +172,9 @@ def ours(spec: dict[str, Any], model: Any, pairs: Any, meter: Meter, folder: str
             )
     extra = {k: v for k, v in spec["ours"].items() if k in taken}
     settings = {k: v for k, v in spec["ours"].items() if k not in taken}
+    if spec["mem_cap_gib"] and spec["device"] != "cpu":
+        # the cap is torch's own: the card's free memory, which the planner reads, does not know it
+        extra.setdefault("memory_budget_gib", spec["mem_cap_gib"] - 0.3)
     return PreferenceTrainer(
         policy,
         objective=objectives.get("dpo").bind(beta=spec["beta"]),

@@ -225,6 +225,43 @@ def usual_tokens(pair: dict[str, list[int]]) -> int:
     return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
 
 
+def flop(
+    config: Any, pairs: list[dict[str, list[int]]], side: str, variant: list[str], **how: Any
+) -> float:
+    """Return the floating-point operations of one epoch of pairs on one side, each product counted once.
+
+    Both sides compute the head at answer positions alone. TRL lays the prompt down twice; ours once,
+    and its recomputation leaves out a layer's last projection. Causal attention sees half of what it
+    could. Padding, optimiser and elementwise work are left out on both sides.
+
+    Args:
+        config: the model's.
+        pairs: token ids.
+        side, variant: of the run.
+        how: ``rank`` of the LoRA layers, ``epochs`` that share a reference pass.
+    """
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    query, keys = heads * head_dim, config.num_key_value_heads * head_dim
+    linears = layers * (2 * width * query + 2 * width * keys + 3 * width * inner)
+    lora = layers * how["rank"] * (4 * (width + query) + 2 * (keys - query) + 3 * (width + inner))
+    again = float("gc" in variant)
+    products = again * (1 - layers * width * inner / linears) if side == "ours" else again
+    reference = 1 / how["epochs"] if "precompute" in variant else 1.0
+    total = 0.0
+    for pair in pairs:
+        prompt, *answers = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+        once = side == "ours"
+        tokens = prompt + sum(answers) if once else 2 * prompt + sum(answers)
+        seen = sum((prompt + answer) ** 2 / 2 for answer in answers) - once * prompt**2 / 2
+        attention = 4 * query * seen * layers
+        total += 2 * linears * tokens * (2 + reference + products)
+        total += attention * (3.5 + reference + again) + 2 * lora * tokens * (3 + again)
+        total += 2 * config.vocab_size * width * sum(answers) * (2 + reference)
+    return total
+
+
 def read_pairs(file: Path) -> list[dict[str, list[int]]]:
     """Return the pairs that another process wrote, one JSON object a line."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

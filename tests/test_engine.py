@@ -240,3 +240,23 @@ def test_a_layout_that_differs_is_not_taken(
     line = choose_engine(policy, ROWS, 9, "auto", chunk=64)
     assert "it differs by" in line and not is_flat(policy)
     assert policy.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_a_layer_whose_gradient_is_wrong_is_not_taken_however_small_it_is(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plant: the gradient of one small adapter (k_proj of the last layer) is twice what it is."""
+    from lora_dpo.layers.linear import Part
+
+    policy = load_policy(tiny_model, lora=LoraConfig(rank=2))
+    planted = policy.get_base_model().model.layers[-1].self_attn.k_proj.base_layer
+    true = Part.gradients
+
+    def broken(part: Part, *args: Any) -> Any:
+        of_down, of_up = true(part, *args)
+        return (2 * of_down, of_up) if part.base is planted else (of_down, of_up)
+
+    assert "LoRA layers" in choose_engine(policy, ROWS, 9, "auto", chunk=64)
+    monkeypatch.setattr(Part, "gradients", broken)
+    line = choose_engine(policy, ROWS, 9, "auto", chunk=64)
+    assert "it differs by" in line and "LoRA layers" not in line.split("it differs")[0]

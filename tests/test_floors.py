@@ -80,6 +80,7 @@ def test_the_public_surface_is_all_there_and_no_function_shares_a_modules_name()
         assert getattr(lora_dpo, name) is not None
         assert name not in modules or name == "objectives", f"{name} is a module too"
     assert set(lora_dpo.__all__) == set(lora_dpo._HOME)
+    assert (PACKAGE / "py.typed").is_file()  # editors and type checkers read our annotations
 
 
 def test_files_and_functions_stay_short() -> None:

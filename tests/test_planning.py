@@ -437,3 +437,28 @@ def test_a_plan_from_a_saved_adapter_and_of_8_bits_and_what_is_not_planned(
     one = plain.replace("lora.targets", ".*layers\\.1\\..*q_proj")
     with pytest.raises(ModelError, match="some of the layers alone"):
         lora_dpo.plan(one)
+
+
+@pytest.mark.parametrize("update", ["hard", "soft"])
+def test_a_reference_that_moves_is_planned_with_its_own_adapter(
+    wide_model: Path, preferences: Path, tmp_path: Path, update: str
+) -> None:
+    from lora_dpo.policy import let_reference_move
+
+    config = _config(wide_model, preferences, tmp_path, reference_update=update)
+    policy = load_policy(wide_model, lora=LORA)
+    let_reference_move(policy, update)  # type: ignore[arg-type]
+    real = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" in name)
+    assert lora_dpo.plan(config).bytes.adapters == real
+
+
+def test_embeddings_that_are_trained_whole_count_once_as_frozen_and_once_as_trained(
+    wide_model: Path, preferences: Path, tmp_path: Path
+) -> None:
+    config = _config(wide_model, preferences, tmp_path, engine="plain")
+    plain = lora_dpo.plan(config)
+    whole = lora_dpo.plan(config.replace("lora.modules_to_save", ["embed_tokens"]))
+    assert whole.parts()["embeddings"] == plain.parts()["embeddings"]
+    assert whole.parts()["other weights"] == plain.parts()["other weights"]
+    wider = whole.bytes.adapters - plain.bytes.adapters
+    assert wider == plain.parts()["embeddings"]  # float32 beside float32

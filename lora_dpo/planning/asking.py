@@ -36,6 +36,8 @@ from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.run_folder import bound_objective
 from lora_dpo.stepping import Batches, batches_of, recomputes, row_length
 
+# Adapters beside the trained one, in its size; a soft update needs twice the rank.
+_BESIDE = {"hard": 1.0, "factors": 1.0, "soft": 2.0}
 # Bytes of state for each trained weight, by what stands in the optimiser's name.
 _STATES = (("paged", 0.0), ("8bit", 2.0), ("adafactor", 0.1), ("sgd", 4.0), ("lion", 4.0))
 
@@ -74,7 +76,7 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
         chunk=config.train.chunk_tokens,
         optimiser=optimiser_bytes(arguments),
         embeddings_on_cpu=config.model.embeddings_on_cpu,
-        starts_from_adapter=adapter is not None,
+        beside=_BESIDE.get(config.train.reference_update, float(adapter is not None)),
     )
     _refuse_what_depth_changes(lora)
     budget = config.train.memory_budget_gib
@@ -154,7 +156,7 @@ def plan_policy(
         chunk=chunk,
         optimiser=optimiser_bytes(args),
         embeddings_on_cpu=place.type != device.type,
-        starts_from_adapter=REFERENCE in model.peft_config,
+        beside=getattr(model.peft_config.get(REFERENCE), "r", 0) / lora.r,
     )
     options: dict[str, Any] = {"recompute": recompute, "card": card}
     return make_plan(setting, rows, batches, room=room, room_is=words, **options)

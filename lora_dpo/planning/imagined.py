@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +154,8 @@ class Ledger(TorchDispatchMode):
 @contextmanager
 def imagining() -> Iterator[FakeTensorMode]:
     """Make tensors without values inside the block; real ones that enter lose theirs."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries, about names of theirs
         yield mode
 
 

@@ -7,7 +7,6 @@ of layers, so two depths give all of them; no weight is needed, only the archite
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,7 +45,8 @@ class Setting:
         chunk: positions whose logits exist at one time.
         optimiser: bytes of the optimiser's state for each trained weight.
         embeddings_on_cpu: whether the input embeddings are elsewhere.
-        starts_from_adapter: whether a frozen adapter beside the trained one is the reference.
+        beside: frozen adapters that are the reference, in sizes of the trained one: 1 where training
+            starts from one or the reference moves, 2 where it moves softly.
     """
 
     architecture: Any
@@ -62,7 +62,7 @@ class Setting:
     chunk: int = 256
     optimiser: float = 8.0
     embeddings_on_cpu: bool = False
-    starts_from_adapter: bool = False
+    beside: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -177,7 +177,7 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
     moved = again[small].embeddings if setting.embeddings_on_cpu else 0
     gradients = 4 * at_depth("trained") if accumulates else 0
     quantised, adapters = at_depth("quantised"), at_depth("adapters")
-    frozen = adapters if setting.starts_from_adapter else 0
+    frozen = int(adapters * setting.beside)
     return Bytes(
         quantised=quantised,
         unquantised=at_depth("static") - quantised - adapters - moved,
@@ -202,8 +202,7 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
 def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) -> Found:
     """Run one forward and backward pass on an imagined model of so many layers."""
     batch = lay_out(rows, flat=setting.flat)
-    with imagining(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with imagining():
         policy = imagined_policy(
             of_depth(setting.architecture, depth),
             setting.lora,
@@ -271,7 +270,9 @@ def _of_linear(module: Any) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    """Return the bytes that do not move; a copy that is trained (modules_to_save) is an adapter."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
 
 
 def of_depth(architecture: Any, depth: int) -> Any:
