@@ -98,8 +98,8 @@ def test_a_reply_is_read_only_where_it_begins_with_one_choice(
 
 def longer_wins(_: int, body: dict[str, Any]) -> Reply:
     text = body["messages"][-1]["content"]
-    first = text.split("[Answer A]\n")[1].split("\n[End of answer A]")[0]
-    second = text.split("[Answer B]\n")[1].split("\n[End of answer B]")[0]
+    first = text.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
+    second = text.split("[Answer B]\n")[1].split("\n\n[Question]")[0]
     return completion("A" if len(first) > len(second) else "B")
 
 

@@ -17,7 +17,8 @@ from lora_dpo.diagnostics.measuring import Scored
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.objectives import OBJECTIVES
 from lora_dpo.policy import load_policy
-from lora_dpo.scoring import _rewards, reward_in_words, score
+from lora_dpo.scoring import reward_in_words, score
+from lora_dpo.scoring.rewards import implicit_rewards
 from tests.helpers import move_adapter
 
 PROMPTS = ["Question one", "Another?", "Question one", "Why"]
@@ -107,10 +108,12 @@ def test_every_objective_has_a_finite_reward_of_a_single_answer_that_rises_with_
 ) -> None:
     bound = objectives.get(name).bind()
     lengths = np.array([4.0, 4.0])
-    rewards = _rewards(bound, Scored(np.array([-5.0, -3.0]), np.array([-4.0, -4.0]), lengths))
+    rewards = implicit_rewards(
+        bound, Scored(np.array([-5.0, -3.0]), np.array([-4.0, -4.0]), lengths)
+    )
     assert np.isfinite(rewards).all() and rewards[1] > rewards[0]
     if bound.reference:  # the same log-prob as the reference's
-        zero = _rewards(bound, Scored(np.array([-4.0]), np.array([-4.0]), np.array([4.0])))
+        zero = implicit_rewards(bound, Scored(np.array([-4.0]), np.array([-4.0]), np.array([4.0])))
         # beta * f'(1), and beta * the mean log-prob
         at_reference = {"fdpo_forward_kl": -0.1, "alpha_dpo": -2.5}.get(name, 0.0)
         assert zero[0] == pytest.approx(at_reference, abs=1e-12)

@@ -1,4 +1,4 @@
-"""The implicit reward of a policy as a product: of given completions, of a run, of n samples.
+"""The implicit reward of given completions.
 
 A policy trained against a reference is a reward model: ``beta x logratio`` (arXiv:2305.18290). Of
 objectives without a reference it is their own reward, as in SimPO's ``beta x mean log-prob``.
@@ -22,6 +22,7 @@ from lora_dpo.diagnostics.measuring import Scored
 from lora_dpo.diagnostics.measuring import score as both_logps
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.generation import Prompt
+from lora_dpo.heads import causal_lm
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.stats import PAIR_NEEDS, LabelledStats, PairStats
@@ -118,7 +119,7 @@ def score(
     rows = encode_rows(
         tokenizer,
         list(zip(asked, completions, strict=True)),
-        max_length=max_length or context_of(policy),
+        max_length=max_length or context_of(causal_lm(policy).config),
         stop_ids=stop_ids,
         template_arguments=template_arguments,
     )
@@ -136,7 +137,7 @@ def score_ids(
     """Return the implicit reward of tokenised ``(prompt, completion)`` rows; see ``score``."""
     found = both_logps(policy, rows, batch_size=batch_size, chunk=chunk)
     return Scores(
-        rewards=_rewards(objective, found),
+        rewards=implicit_rewards(objective, found),
         logps=found.policy,
         reference_logps=found.fixed,
         tokens=found.lengths.astype(np.int64),
@@ -150,7 +151,8 @@ def reward_in_words(objective: BoundObjective) -> str:
     formula = (inspect.getdoc(row.rewards) or "its own").split("\n", 1)[0].rstrip(".")
     for words in ("Implicit rewards ", " of both sides", " of the rows"):
         formula = formula.replace(words, "")
-    if beyond := sorted(_OF_PAIRS & set(row.needs)):
+    beyond = sorted(_OF_PAIRS & set(row.needs) - (set() if "score" in formula else {"scores"}))
+    if beyond:
         formula += f"; what it takes from pairs ({', '.join(beyond)}) is left out"
     return f"{formula.replace('``', '')}: {objective.terms[0]}"
 
@@ -168,7 +170,9 @@ def encode_rows(
     Raises:
         DataError: names the first completion that has no such tokens.
     """
-    made = [_labelled(i, prompt, answer) for i, (prompt, answer) in enumerate(rows)]
+    made = [
+        labelled(Origin(_PLACE, i), prompt, answer) for i, (prompt, answer) in enumerate(rows, 1)
+    ]
     if not made:
         return []
     read = Preferences("unpaired", tuple(made), "given", "given", DataReport(read=len(made)))
@@ -186,12 +190,9 @@ def encode_rows(
     return [(row["prompt_ids"], row["completion_ids"]) for row in found.rows]
 
 
-def context_of(policy: nn.Module) -> int:
-    """Return the most tokens that a model takes."""
-    from lora_dpo.heads import causal_lm
-
-    config = causal_lm(policy).config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+def context_of(config: Any) -> int:
+    """Return the most tokens that a model of this config takes."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
 
 def _a_prompt_each(
@@ -209,8 +210,12 @@ def _a_prompt_each(
     return several
 
 
-def _labelled(place: int, prompt: Prompt, completion: Completion) -> Labelled:
-    origin = Origin(_PLACE, place + 1)
+def labelled(origin: Origin, prompt: Prompt, completion: Completion) -> Labelled:
+    """Return one completion as the tokeniser takes it; a text is the assistant's turn of a chat.
+
+    Raises:
+        DataError: messages that answer a text, or an answer without text.
+    """
     if isinstance(prompt, str) and not isinstance(completion, str):
         raise DataError(f"{origin}: messages as the answer to a text; give the prompt as messages.")
     if isinstance(prompt, str):
@@ -226,7 +231,8 @@ def _labelled(place: int, prompt: Prompt, completion: Completion) -> Labelled:
     return Labelled(asked, answer, True, origin)
 
 
-def _rewards(objective: BoundObjective, found: Scored) -> Array:
+def implicit_rewards(objective: BoundObjective, found: Scored) -> Array:
+    """Return the objective's own reward of each answer by itself, ``[answers]``."""
     ours, fixed, lengths = (
         torch.from_numpy(np.ascontiguousarray(values))
         for values in (found.policy, found.fixed, found.lengths)
