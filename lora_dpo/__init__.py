@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_dpo import objectives
     from lora_dpo.checkup import doctor
+    from lora_dpo.comparing import compare
     from lora_dpo.config import Config
     from lora_dpo.data import load_preferences, tokenise
     from lora_dpo.errors import LoraDpoError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         train,
     )
     from lora_dpo.run_folder import Run
-    from lora_dpo.scoring import score
+    from lora_dpo.scoring import best_of, score, score_run
     from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
 
@@ -45,6 +46,8 @@ _HOME = {
     "PreferenceTrainer": "trainer",
     "Run": "run_folder",
     "ask_both_orders": "judging",
+    "best_of": "scoring",
+    "compare": "comparing",
     "completion_logps": "forward",
     "diagnose": "run",
     "diagnose_preferences": "run",
@@ -66,6 +69,7 @@ _HOME = {
     "plan": "planning",
     "reference": "policy",
     "score": "scoring",
+    "score_run": "scoring",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
@@ -81,6 +85,8 @@ __all__ = [
     "PreferenceTrainer",
     "Run",
     "ask_both_orders",
+    "best_of",
+    "compare",
     "completion_logps",
     "diagnose",
     "diagnose_preferences",
@@ -102,6 +108,7 @@ __all__ = [
     "plan",
     "reference",
     "score",
+    "score_run",
     "stored_reference_logps",
     "tokenise",
     "train",

@@ -2,6 +2,7 @@
 
 from lora_dpo.policy.adapters import (
     ADAPTER,
+    add_adapter,
     equals_reference,
     is_fresh,
     load_adapter,
@@ -31,6 +32,7 @@ from lora_dpo.policy.moving import (
 )
 from lora_dpo.policy.switching import (
     REFERENCE,
+    acting,
     describe_reference,
     policy_adapter,
     reference,
@@ -47,7 +49,9 @@ __all__ = [
     "Merged",
     "PolicyFacts",
     "ReferenceUpdate",
+    "acting",
     "adapter_change",
+    "add_adapter",
     "check_base",
     "compute_dtype",
     "default_device",
