@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_dpo import objectives
     from lora_dpo.checkup import doctor
+    from lora_dpo.comparing import compare
     from lora_dpo.config import Config
     from lora_dpo.data import load_preferences, tokenise
     from lora_dpo.drafting import init_config
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.inspecting import inspect_preferences
+    from lora_dpo.judging import ask_both_orders, open_judge
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         train,
     )
     from lora_dpo.run_folder import Run
+    from lora_dpo.scoring import best_of, score, score_run
     from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
 
@@ -46,6 +49,9 @@ _HOME = {
     "PairStats": "stats",
     "PreferenceTrainer": "trainer",
     "Run": "run_folder",
+    "ask_both_orders": "judging",
+    "best_of": "scoring",
+    "compare": "comparing",
     "completion_logps": "forward",
     "diagnose": "run",
     "diagnose_preferences": "run",
@@ -63,10 +69,13 @@ _HOME = {
     "load_policy": "policy",
     "load_preferences": "data",
     "objectives": "objectives",
+    "open_judge": "judging",
     "pair_stats": "forward",
     "plan": "planning",
     "reference": "policy",
     "report": "reporting",
+    "score": "scoring",
+    "score_run": "scoring",
     "sft": "finetuning",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
@@ -82,6 +91,9 @@ __all__ = [
     "PairStats",
     "PreferenceTrainer",
     "Run",
+    "ask_both_orders",
+    "best_of",
+    "compare",
     "completion_logps",
     "diagnose",
     "diagnose_preferences",
@@ -99,10 +111,13 @@ __all__ = [
     "load_policy",
     "load_preferences",
     "objectives",
+    "open_judge",
     "pair_stats",
     "plan",
     "reference",
     "report",
+    "score",
+    "score_run",
     "sft",
     "stored_reference_logps",
     "tokenise",

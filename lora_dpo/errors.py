@@ -6,6 +6,8 @@
     ├── ModelError        a model, adapter or tokenizer that is not there or cannot do what was asked
     ├── OutputError       a folder to write to: in use, not empty, or holding something else
     ├── TrainingError     the run itself: a loss that is not a number, a resume that does not fit
+    ├── JudgeError        a judge of answers that cannot be asked
+    │   └── UnreadableAnswerError   it was asked, and said nothing that could be read as a choice
     └── ExportError       a merged model that is not the policy that was trained
 
 Each message says where, what was given, what is expected and what to do. The command line prints
@@ -44,6 +46,14 @@ class OutputError(LoraDpoError):
 
 class TrainingError(LoraDpoError):
     """A run that cannot go on."""
+
+
+class JudgeError(LoraDpoError):
+    """A judge that cannot be asked."""
+
+
+class UnreadableAnswerError(JudgeError):
+    """A judge's answer to one question that is none of the choices."""
 
 
 class ExportError(LoraDpoError):

@@ -112,7 +112,7 @@ def sample_ids(
     try:
         with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
-            ends = _end_ids(model, tokenizer)
+            ends = end_ids(model, tokenizer)
             for start in range(0, len(prompts), batch_size):
                 rows = [list(prompt) for prompt in prompts[start : start + batch_size]]
                 out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
@@ -122,7 +122,8 @@ def sample_ids(
     return made
 
 
-def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Return the tokens at which a model's samples end."""
     config = getattr(_generator(model), "generation_config", None)
     found = getattr(config, "eos_token_id", None)
     ends = set(found) if isinstance(found, (list, tuple)) else {found}
@@ -161,6 +162,14 @@ def encode_prompt(
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
+
+
+def as_trained(prompts: Sequence[Prompt], *, chat: bool) -> list[Prompt]:
+    """Return prompts in the form that a run was trained on: a text becomes the user's turn in chats."""
+    return [
+        [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
 
 
 def prompt_text(prompt: Prompt) -> str:

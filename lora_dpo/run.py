@@ -29,7 +29,7 @@ from lora_dpo.engine import choose_engine
 from lora_dpo.errors import ExportError
 from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.exporting import export_adapter, export_merged
-from lora_dpo.generation import Prompt, SideBySide, generate_side_by_side
+from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by_side
 from lora_dpo.guards import (
     check_context,
     check_folder,
@@ -232,12 +232,10 @@ def generate(
     A text becomes the user's turn where the run was trained on chats.
     """
     run = _as_run(run)
-    if run.results.get("chat"):
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     return generate_side_by_side(
         run.load_policy(checkpoint),
         run.tokenizer(),
-        prompts,
+        as_trained(prompts, chat=bool(run.results.get("chat"))),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

@@ -93,7 +93,7 @@ class Run:
         """Return what the objective remembered; empty for most."""
         if checkpoint == "final":
             return dict(self.results.get("objective_states", {}))
-        return dict(read_json(self._adapter_folder(checkpoint) / STATE)["objective"])
+        return dict(read_json(self.adapter_folder(checkpoint) / STATE)["objective"])
 
     def tokenizer(self) -> Any:
         """Return the run's tokenizer."""
@@ -105,7 +105,7 @@ class Run:
         Args:
             checkpoint: ``final``, ``best``, or the step of a checkpoint.
         """
-        adapter = self._adapter_folder(checkpoint)
+        adapter = self.adapter_folder(checkpoint)
         start = self.folder / "reference"
         base, moves = load_base(self.config.model), reference_moves(self.config)
         if not (moves and (adapter / MOVING_FILE).is_file()):
@@ -133,7 +133,12 @@ class Run:
         data = prepare_data(self.config, self.tokenizer(), self.objective.data)
         return data.held_out if data.held_out is not None else data.train
 
-    def _adapter_folder(self, checkpoint: str) -> Path:
+    def adapter_folder(self, checkpoint: str = "final") -> Path:
+        """Return where the adapter of ``final``, ``best`` or a step is kept.
+
+        Raises:
+            OutputError: there is none.
+        """
         if checkpoint == "final":
             folder = self.folder / "adapter"
         elif checkpoint == "best":

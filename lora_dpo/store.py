@@ -55,6 +55,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise ``OutputError`` where a file that is to be new is there already."""
+    if path.exists():
+        raise OutputError(f"{path}: exists already and would be replaced; choose another file.")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, indented, with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -170,3 +170,104 @@ def report(
         show(found, json_)
         if to is not None and not json_:
             print(f"page: {to}")
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo compare runs/a runs/b --prompts prompts.txt --html compare.html",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs that share their base.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="One a line (.txt), a column prompt, or preferences; else held-out ones."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="The folder of a model, or http(s)://host/v1.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(help="The environment variable that holds its key.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt of each model.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    checkpoint: Checkpoint = "final",
+    seed: int = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare policies with their reference on the same prompts: lengths, KL, win rates, answers."""
+    with user_errors():
+        quiet_libraries(sys.stderr if json_ else None)
+        from lora_dpo.comparing import compare as run_comparison
+
+        found = run_comparison(
+            list(runs), prompts, judge=judge, judge_model=judge_model, judge_key=judge_key,
+            samples=samples, limit=limit, max_new_tokens=max_new_tokens, seed=seed,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        if html is not None:
+            found.write_html(html)
+        show(found, json_)
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: lora-dpo score runs/mistral-7b-dpo --data pairs.jsonl --to scores.jsonl",
+)
+def score(
+    run: RunFolder,
+    data: Annotated[
+        str | None, typer.Option(help="Pairs, or prompts with completions; a line is scored each.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to draw samples for, with --best-of.")
+    ] = None,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, help="Samples a prompt, ranked by their reward.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many prompts, with --best-of.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Write JSON lines to this new file.")] = None,
+    checkpoint: Checkpoint = "final",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a sample, with --best-of; 128 if left out.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; 0 if left out.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score completions by a run's implicit reward, or rank n samples a prompt by it."""
+    with user_errors():
+        from lora_dpo.errors import ConfigError
+
+        if (data is None) is (prompts is None) or (prompts is None) is not (best_of is None):
+            raise ConfigError("score: give --data FILE, or --prompts FILE with --best-of N.")
+        sampling = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--seed": seed}
+        given = [name for name, value in sampling.items() if value is not None]
+        if data is not None and given:
+            raise ConfigError(f"score: {', '.join(given)} belongs to --best-of; leave it out.")
+        quiet_libraries(sys.stderr if json_ else None)
+        from lora_dpo.prompts import read_prompts
+        from lora_dpo.run_folder import Run
+        from lora_dpo.scoring import best_of as rank_samples
+        from lora_dpo.scoring import score_run
+        from lora_dpo.store import refuse_existing
+
+        if to is not None:
+            refuse_existing(to)
+        opened = Run.open(run)
+        found: Any
+        if data is not None:
+            found = score_run(opened, data, checkpoint=checkpoint)
+        else:
+            found = rank_samples(
+                opened, None, read_prompts(opened, prompts, limit=limit), n=best_of or 1,
+                max_new_tokens=max_new_tokens or 128, seed=seed or 0, checkpoint=checkpoint,
+            )  # fmt: skip
+        if to is not None:
+            found.write(to)
+        show(found, json_)

@@ -3,6 +3,7 @@
 from lora_dpo.policy.adapters import (
     ADAPTER,
     adapter_folder,
+    add_adapter,
     equals_reference,
     is_fresh,
     load_adapter,
@@ -33,6 +34,7 @@ from lora_dpo.policy.moving import (
 )
 from lora_dpo.policy.switching import (
     REFERENCE,
+    acting,
     describe_reference,
     policy_adapter,
     reference,
@@ -49,8 +51,10 @@ __all__ = [
     "Merged",
     "PolicyFacts",
     "ReferenceUpdate",
+    "acting",
     "adapter_change",
     "adapter_folder",
+    "add_adapter",
     "check_base",
     "compute_dtype",
     "default_device",

@@ -209,6 +209,28 @@ def load_adapter(base: PreTrainedModel, adapter: Path, reference: Path | None) -
     return policy
 
 
+def add_adapter(policy: PeftModel, adapter: Path, name: str) -> None:
+    """Load one more saved adapter beside those of a policy, frozen; the active one stays active.
+
+    Raises:
+        ModelError: there is no adapter, or it is one of another model.
+    """
+    _check_saved(adapter)
+    active = policy_adapter(policy)
+    trained = {key: p.requires_grad for key, p in policy.named_parameters()}
+    try:
+        with _peft_without_its_own_warnings():
+            policy.load_adapter(str(adapter), name, is_trainable=False)
+    except (ValueError, OSError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{adapter}: this adapter does not fit the base model: {reason}") from None
+    _refuse_other_keys(policy, adapter, name)
+    policy.set_adapter(active)
+    for key, parameter in policy.named_parameters():
+        parameter.requires_grad_(trained.get(key, False))
+    guard_cpu_kernels(policy)
+
+
 def peft_config(settings: LoraConfig) -> peft.LoraConfig:
     """Translate our section ``lora`` into peft's own config."""
     return peft.LoraConfig(
@@ -252,10 +274,11 @@ def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
     return prepare_policy(policy, reference_is="start")
 
 
-def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def _check_saved(adapter: Path) -> dict[str, Any]:
+    """Return the settings of a saved adapter, refused where they rewrote the base."""
     path = adapter_folder(adapter) / ADAPTER_FILE
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{path}: not readable as JSON ({error}); the adapter is damaged."
@@ -263,6 +286,11 @@ def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ModelError(CHANGED_BASE.format(where=path, init=init))
+    return stored
+
+
+def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    stored = _check_saved(adapter)
     try:
         with _peft_without_its_own_warnings():
             policy = PeftModel.from_pretrained(
@@ -271,17 +299,17 @@ def _from_pretrained(base: PreTrainedModel, adapter: Path) -> PeftModel:
     except (ValueError, OSError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{adapter}: this adapter does not fit the base model: {reason}") from None
-    _refuse_other_keys(policy, adapter)
+    _refuse_other_keys(policy, adapter, ADAPTER)
     trained_on, here = stored.get("base_model_name_or_path"), base.config._name_or_path
     if trained_on and Path(trained_on).name != Path(here).name:
         logger.warning("%s: was trained on %s, and is put on %s here", adapter, trained_on, here)
     return policy
 
 
-def _refuse_other_keys(policy: PeftModel, adapter: Path) -> None:
+def _refuse_other_keys(policy: PeftModel, adapter: Path, name: str) -> None:
     """An adapter of a deeper or shallower model loads in part, and would be a wrong reference."""
     expected = peft.get_peft_model_state_dict(
-        policy, adapter_name=ADAPTER, save_embedding_layers=False
+        policy, adapter_name=name, save_embedding_layers=False
     )
     found = peft.utils.load_peft_weights(str(adapter), device="cpu")
     if different := sorted(expected.keys() ^ found.keys()):

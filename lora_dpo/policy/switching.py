@@ -72,6 +72,31 @@ def reference(policy: nn.Module) -> Iterator[nn.Module]:
         before.restore(policy)
 
 
+@contextmanager
+def acting(policy: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Make ``policy`` compute with one of its adapters inside the block, and what it was on exit.
+
+    ``requires_grad`` is not touched; ``reference(policy)`` may be nested inside.
+
+    Args:
+        policy: a ``PeftModel``, bare or as accelerate prepared it. It is yielded again.
+        name: of an adapter that it carries.
+
+    Raises:
+        ModelError: it carries no adapter of that name.
+    """
+    model = unwrap(policy)
+    if name not in model.peft_config:
+        raise ModelError(f"adapter {name!r}: not there; adapters: {', '.join(model.peft_config)}.")
+    before = _State.of(model)
+    try:
+        for switch, _, _ in before.switches:
+            switch._active_adapter, switch._disable_adapters = [name], False
+        yield policy
+    finally:
+        before.restore(policy)
+
+
 @dataclass(frozen=True)
 class _State:
     """The flags of every adapter layer and the mode of every module."""
