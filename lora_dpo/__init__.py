@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.judging import ask_both_orders, open_judge
+    from lora_dpo.labelling import label
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         train,
     )
     from lora_dpo.run_folder import Run
+    from lora_dpo.sampling import sample
     from lora_dpo.scoring import best_of, score, score_run
     from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
@@ -60,6 +62,7 @@ _HOME = {
     "generate": "run",
     "generate_side_by_side": "generation",
     "inspect_preferences": "inspecting",
+    "label": "labelling",
     "labelled_stats": "forward",
     "load_policy": "policy",
     "load_preferences": "data",
@@ -68,6 +71,7 @@ _HOME = {
     "pair_stats": "forward",
     "plan": "planning",
     "reference": "policy",
+    "sample": "sampling",
     "score": "scoring",
     "score_run": "scoring",
     "stored_reference_logps": "reference_store",
@@ -99,6 +103,7 @@ __all__ = [
     "generate",
     "generate_side_by_side",
     "inspect_preferences",
+    "label",
     "labelled_stats",
     "load_policy",
     "load_preferences",
@@ -107,6 +112,7 @@ __all__ = [
     "pair_stats",
     "plan",
     "reference",
+    "sample",
     "score",
     "score_run",
     "stored_reference_logps",
