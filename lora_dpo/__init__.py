@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.judging import ask_both_orders, open_judge
+    from lora_dpo.labelling import label
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
     from lora_dpo.reference_cache import with_reference_logps
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         train,
     )
     from lora_dpo.run_folder import Run
+    from lora_dpo.sampling import sample
     from lora_dpo.scoring import best_of, score, score_run
     from lora_dpo.stats import LabelledStats, PairStats
     from lora_dpo.trainer import PreferenceTrainer
@@ -65,6 +67,7 @@ _HOME = {
     "generate_side_by_side": "generation",
     "init_config": "drafting",
     "inspect_preferences": "inspecting",
+    "label": "labelling",
     "labelled_stats": "forward",
     "load_policy": "policy",
     "load_preferences": "data",
@@ -74,6 +77,7 @@ _HOME = {
     "plan": "planning",
     "reference": "policy",
     "report": "reporting",
+    "sample": "sampling",
     "score": "scoring",
     "score_run": "scoring",
     "sft": "finetuning",
@@ -107,6 +111,7 @@ __all__ = [
     "generate_side_by_side",
     "init_config",
     "inspect_preferences",
+    "label",
     "labelled_stats",
     "load_policy",
     "load_preferences",
@@ -116,6 +121,7 @@ __all__ = [
     "plan",
     "reference",
     "report",
+    "sample",
     "score",
     "score_run",
     "sft",

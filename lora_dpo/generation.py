@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 from lora_dpo.errors import ModelError
 from lora_dpo.heads import compute_context, home_device
@@ -92,6 +93,85 @@ def complete(
     finally:
         model.train(was_training)
     return texts
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One completion, and whether the model ended it itself."""
+
+    text: str
+    finished: bool
+
+
+def draw(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[Drawn]:
+    """Draw one completion a prompt, each from random numbers of its own.
+
+    So neither the batch size nor what stands beside a prompt changes what is drawn. (The rounding
+    of sums still depends on the batch; it decides only where two tokens are equally likely to the
+    last digits.)
+
+    Args:
+        prompts: texts, or chats as lists of messages.
+        seeds: one a prompt, at least 0.
+        max_new_tokens: longest completion, tokens.
+        temperature: above 0; 1 samples from the model's own distribution.
+        batch_size: prompts at a time.
+        template_arguments: variables for the chat template, as training had them.
+    """
+    found: list[Drawn] = []
+    was_training = model.training
+    model.eval()
+    try:
+        ends = end_ids(model, tokenizer)
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
+            noise = _OwnNoise(seeds[start : start + batch_size], temperature, home_device(model))
+            out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, 0.0, noise)
+            for prompt, row, ids in zip(part, rows, out.tolist(), strict=True):
+                text = _behind(tokenizer, row if isinstance(prompt, str) else [], ids, ends)
+                found.append(Drawn(text, bool(ends.intersection(ids))))
+    finally:
+        model.train(was_training)
+    return found
+
+
+class _OwnNoise(LogitsProcessor):
+    """Turns the likeliest token into a sample: Gumbel noise, a stream of it for each row."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.streams = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, stream in zip(noise, self.streams, strict=True):
+            row.exponential_(generator=stream)
+        # -log of an exponential draw is a Gumbel draw; 0 would be one in 2**24, and infinite
+        noise = noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+        return scores.float() / self.temperature + noise
+
+
+def _behind(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:
+    """Return the text of a completion with the space that it begins with, which some decoders drop."""
+    ids = _up_to_end(ids, ends)
+    if prompt:
+        before, whole = (
+            str(tokenizer.decode(part, skip_special_tokens=True)) for part in (prompt, prompt + ids)
+        )
+        if whole.startswith(before):
+            return whole[len(before) :]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def sample_ids(
@@ -180,7 +260,12 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def _generate(
-    model: nn.Module, rows: list[list[int]], pad_id: int, max_new_tokens: int, temperature: float
+    model: nn.Module,
+    rows: list[list[int]],
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    noise: LogitsProcessor | None = None,
 ) -> Tensor:
     longest = max(map(len, rows))
     device = home_device(model)
@@ -199,6 +284,7 @@ def _generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id,
             use_cache=True,
+            logits_processor=[noise] if noise is not None else None,
             **sampling,
         )
     return out[:, longest:]

@@ -163,12 +163,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def lock(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; a second holder gets an ``OutputError`` at once."""
     folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder / ".lock", folder):
+        yield
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold one file for this process; a second holder gets an ``OutputError`` at once."""
+    with _held(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+@contextmanager
+def _held(sign: Path, what: Path) -> Iterator[None]:
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(sign, timeout=0):
             yield
     except Timeout:
+        kind = "folder" if what.is_dir() else "file"
         raise OutputError(
-            f"{folder}: another process is writing here. Wait for it, or choose another folder."
+            f"{what}: another process is writing here. Wait for it, or choose another {kind}."
         ) from None
 
 

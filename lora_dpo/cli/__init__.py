@@ -9,6 +9,7 @@ from __future__ import annotations
 # isort: off
 # in the order of --help
 from lora_dpo.cli import setting_up as _setting_up
+from lora_dpo.cli import preferring as _preferring
 from lora_dpo.cli import training as _training
 from lora_dpo.cli import looking as _looking
 from lora_dpo.cli import handing_on as _handing_on
@@ -17,7 +18,7 @@ from lora_dpo.cli import handing_on as _handing_on
 from lora_dpo.cli.shared import app
 
 __all__ = ["app", "main"]
-_ROOMS = (_setting_up, _training, _looking, _handing_on)
+_ROOMS = (_setting_up, _preferring, _training, _looking, _handing_on)
 
 
 def main() -> None:

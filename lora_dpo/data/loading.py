@@ -209,7 +209,7 @@ def _check_parts(row: Row) -> None:
             raise DroppedRow(f"dropped: empty {name}")
         for text in texts:
             if not text.isascii():
-                _check_unicode(text, name)
+                check_unicode(text, name)
     if isinstance(row, Pair) and row.chosen == row.rejected:
         raise DroppedRow(IDENTICAL, _first_text(row.chosen))
 
@@ -226,7 +226,8 @@ def _check_margin(row: Row, least: float | None) -> None:
         )
 
 
-def _check_unicode(text: str, name: str) -> None:
+def check_unicode(text: str, name: str) -> None:
+    """Hold that a text can be written as UTF-8; raises ``BadRow``."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

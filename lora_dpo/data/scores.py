@@ -79,7 +79,7 @@ def expand_rankings(
     ``all`` (each with each). A pair of equal worth is no preference and is left out. A table of
     another shape comes back as it is.
     """
-    several = any(_column(raw.values, _LISTS) for raw in table.rows)
+    several = any(holds_answers(raw.values) for raw in table.rows)
     if not several or {"chosen", "rejected"} & set(table.columns):
         return table
     rows: list[Raw] = []
@@ -104,6 +104,17 @@ def expand_rankings(
         count=len(table.rows),
     )
     return Table(table.name, rows)
+
+
+def holds_answers(values: Mapping[str, Any]) -> bool:
+    """Whether a row holds several answers under one of their usual names."""
+    return bool(_column(values, _LISTS))
+
+
+def answer_values(values: Mapping[str, Any]) -> list[Any]:
+    """Return the answers of a row that holds several, without their scores."""
+    name = _column(values, _LISTS)
+    return [_text(item, f"{name}[{i}]") for i, item in enumerate(values.get(name) or ())]
 
 
 def _column(values: Mapping[str, Any], names: Sequence[str]) -> str:
