@@ -215,7 +215,9 @@ def accuracy_interval(values: Array, clusters: NDArray[np.int64], level: float =
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective**2))
     half /= 1 + z * z / effective
-    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half))
+    # at the ends of the scale the formula gives the end, but for rounding
+    low = centre - half if mean > 0 else 0.0
+    return Estimate(mean, max(0.0, low), min(1.0, centre + half) if mean < 1 else 1.0)
 
 
 def _variance(values: Array, clusters: NDArray[np.int64]) -> float:

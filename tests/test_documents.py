@@ -38,10 +38,13 @@ def test_readmes_commands_run_on_the_bundled_model(
     assert [line.split()[1] for line in lines] == [
         "doctor",
         "inspect",
+        "init",
         "plan",
         "train",
+        "report",
         "eval",
         "generate",
+        "compare",
         "export",
         "objectives",
     ]
@@ -57,7 +60,16 @@ def test_readmes_commands_run_on_the_bundled_model(
         words = shlex.split(line, comments=True)[1:]
         words = [word.replace("runs/mistral-7b-dpo", str(tmp_path / "run")) for word in words]
         words = [word.replace("out/merged", str(tmp_path / "merged")) for word in words]
-        words = [word.replace("out/look", str(tmp_path / "look")) for word in words]
+        words = [word.replace("out/", f"{tmp_path}/") for word in words]
+        if words[0] == "init":
+            given = {
+                "mistralai/Mistral-7B-v0.1": quickstart_model,
+                "prefs.jsonl": changes["data.train"],
+                "my.yaml": tmp_path / "my.yaml",
+            }
+            words = [str(given.get(word, word)) for word in words]
+        if words[0] == "compare":
+            words += ["--limit", "2", "--max-new-tokens", "8"]
         if words[0] == "train":
             words = [w for w in words if w not in ("--set", "data.train=prefs.jsonl")]
             words = [x for w in words for x in (("--set", w) if "=" in w else (w,))]
@@ -66,6 +78,9 @@ def test_readmes_commands_run_on_the_bundled_model(
         assert found.exit_code == 0, f"{line}\n{found.output}"
     assert "show token ids" in (tmp_path / "look.html").read_text()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert "# strength of the pull" in (tmp_path / "my.yaml").read_text()
+    for name in ("report.html", "compare.html"):
+        assert "</html>" in (tmp_path / name).read_text()[-20:]
     assert "beta: 0.05" in (tmp_path / "run" / "config.yaml").read_text()
 
 
