@@ -31,6 +31,7 @@ from lora_dpo.policy.moving import (
     read_reference,
     write_reference,
 )
+from lora_dpo.policy.portable import Folded, save_portable_adapter
 from lora_dpo.policy.switching import (
     REFERENCE,
     describe_reference,
@@ -46,6 +47,7 @@ __all__ = [
     "MOVING_FILE",
     "REFERENCE",
     "UPDATES",
+    "Folded",
     "Merged",
     "PolicyFacts",
     "ReferenceUpdate",
@@ -73,6 +75,7 @@ __all__ = [
     "reference",
     "reference_identity",
     "save_adapter",
+    "save_portable_adapter",
     "shaken",
     "snapshot_reference",
     "stored_kind",
