@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_dpo.finetuning import sft
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
+    from lora_dpo.handing import export, push, smoke, write_gguf
     from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.planning import plan
     from lora_dpo.policy import load_policy, reference
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         diagnose,
         diagnose_preferences,
         evaluate,
-        export,
         generate,
         train,
     )
@@ -52,7 +52,7 @@ _HOME = {
     "doctor": "checkup",
     "evaluate": "run",
     "evaluate_policy": "evaluation",
-    "export": "run",
+    "export": "handing",
     "export_adapter": "exporting",
     "export_merged": "exporting",
     "generate": "run",
@@ -65,13 +65,16 @@ _HOME = {
     "objectives": "objectives",
     "pair_stats": "forward",
     "plan": "planning",
+    "push": "handing",
     "reference": "policy",
     "report": "reporting",
     "sft": "finetuning",
+    "smoke": "handing",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
     "with_reference_logps": "reference_cache",
+    "write_gguf": "handing",
 }
 
 __version__ = "0.1.0"
@@ -101,13 +104,16 @@ __all__ = [
     "objectives",
     "pair_stats",
     "plan",
+    "push",
     "reference",
     "report",
     "sft",
+    "smoke",
     "stored_reference_logps",
     "tokenise",
     "train",
     "with_reference_logps",
+    "write_gguf",
 ]
 
 
