@@ -154,7 +154,7 @@ def run_case(case: Case, shared: Path, work: Path) -> Result:
     lap("train")
     found = lora_dpo.evaluate(run)
     lap("eval")
-    proof = lora_dpo.export(run, work / "merged", merge=True)
+    proof = lora_dpo.export(run, work / "merged", merge=True).proof
     lap("export")
     assert proof is not None, "a merged export always has a proof"
     reports = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_dpo.finetuning import sft
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
+    from lora_dpo.handing import export, push, smoke, write_gguf
     from lora_dpo.inspecting import inspect_preferences
     from lora_dpo.judging import ask_both_orders, open_judge
     from lora_dpo.labelling import label
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         diagnose,
         diagnose_preferences,
         evaluate,
-        export,
         generate,
         train,
     )
@@ -60,7 +60,7 @@ _HOME = {
     "doctor": "checkup",
     "evaluate": "run",
     "evaluate_policy": "evaluation",
-    "export": "run",
+    "export": "handing",
     "export_adapter": "exporting",
     "export_merged": "exporting",
     "generate": "run",
@@ -75,16 +75,19 @@ _HOME = {
     "open_judge": "judging",
     "pair_stats": "forward",
     "plan": "planning",
+    "push": "handing",
     "reference": "policy",
     "report": "reporting",
     "sample": "sampling",
     "score": "scoring",
     "score_run": "scoring",
     "sft": "finetuning",
+    "smoke": "handing",
     "stored_reference_logps": "reference_store",
     "tokenise": "data",
     "train": "run",
     "with_reference_logps": "reference_cache",
+    "write_gguf": "handing",
 }
 
 __version__ = "0.1.0"
@@ -119,16 +122,19 @@ __all__ = [
     "open_judge",
     "pair_stats",
     "plan",
+    "push",
     "reference",
     "report",
     "sample",
     "score",
     "score_run",
     "sft",
+    "smoke",
     "stored_reference_logps",
     "tokenise",
     "train",
     "with_reference_logps",
+    "write_gguf",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,41 +12,132 @@ import yaml
 from lora_dpo.config import Config
 
 if TYPE_CHECKING:
+    from lora_dpo.policy import Folded
     from lora_dpo.proving import Proof
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# what disabled adapters give by definition: rewards are distances from the reference
+_OF_THE_REFERENCE = {
+    "rewards/chosen": 0.0,
+    "rewards/rejected": 0.0,
+    "rewards/margins": 0.0,
+    "rewards/accuracies": 0.5,
+}
 
-def model_card(config: Config, results: dict[str, Any], *, proof: Proof | None) -> str:
-    """Return the card in Markdown. Local folders are named by their last part only."""
-    base = _public(config.model.base)
-    header = {"library_name": "transformers" if proof else "peft", "tags": ["lora_dpo", "dpo"]}
-    if base == config.model.base:
-        header["base_model"] = base
+
+def model_card(
+    config: Config,
+    results: dict[str, Any],
+    *,
+    proof: Proof | None = None,
+    adapter: Folded | None = None,
+    notes: Sequence[str] = (),
+    base_id: str | None = None,
+    licence: str | None = None,
+) -> str:
+    """Return the card in Markdown. Local folders are named by their last part only.
+
+    Args:
+        config: of the run.
+        results: ``Run.results``.
+        proof: of merged weights; without one the card is an adapter's.
+        adapter: what became of the adapter when it was written.
+        notes: sentences on how to load it and what refuses it.
+        base_id: hub id of the base, where the config names a folder.
+        licence: of the base, as its own card names it.
+    """
+    base = base_id or public_name(config.model.base)
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {base}, tuned on preferences with {config.objective.name}",
+        f"---\n{yaml.safe_dump(_header(config, proof, base_id, licence), sort_keys=False)}---",
+        f"# {Path(base).name}, tuned on preferences with {config.objective.name}",
         _facts(config, results, base),
         _metrics(results),
     ]
     if proof is not None:
         parts.append(f"## Proof of the merge\n\n{proof}")
+    if adapter is not None:
+        parts.append(f"## The adapter\n\n{adapter}")
+    if notes:
+        parts.append("## How to use it\n\n" + "\n".join(f"- {note}" for note in notes))
     parts.append("Made with lora_dpo.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def hub_id(name: str) -> str | None:
+    """Return a name if it is a hub id: of that form, and no folder of this machine."""
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def public_name(path: str) -> str:
+    """A hub id as it is; a path of somebody's machine by its last part."""
+    return path if hub_id(path) else Path(path).name
+
+
+def base_licence(base: str, revision: str | None = None) -> str | None:
+    """Return the licence that the base's own card names; None where it names none that can be read."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(
+            base,
+            "README.md",
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        text = Path(path).read_text(encoding="utf-8") if path else ""
+        _, front, _ = text.split("---\n", 2) if text.startswith("---\n") else ("", "", "")
+        found = (yaml.safe_load(front) or {}).get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None  # a card that is not there, or no card: nothing is known
+    return found if isinstance(found, str) else None
+
+
+def _header(
+    config: Config, proof: Proof | None, base_id: str | None, licence: str | None
+) -> dict[str, Any]:
+    header: dict[str, Any] = {
+        "library_name": "transformers" if proof else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora_dpo", config.objective.name],
+    }
+    if base := base_id or hub_id(config.model.base):
+        header["base_model"] = base
+        header["base_model_relation"] = "finetune" if proof else "adapter"
+    if licence:
+        header["license"] = licence
+    if data := [found for source in config.data.train if (found := hub_id(source.path))]:
+        header["datasets"] = data
+    return header
+
+
 def _facts(config: Config, results: dict[str, Any], base: str) -> str:
-    sources = ", ".join(_public(source.path) for source in config.data.train)
+    sources = ", ".join(public_name(source.path) for source in config.data.train)
     rows = results.get("rows", {})
-    lines = [
-        f"- base: {base}; while training: {results.get('weights', config.model.quantisation)}",
-        f"- reference: {results.get('reference', 'unknown')}",
-        f"- objective: {results.get('objective', config.objective.name)}",
-        f"- data: {sources}; {rows.get('train', '?')} rows trained on, {rows.get('held_out', '?')} held out",
-        f"- LoRA: rank {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}, "
-        f"targets {config.lora.targets}, rsLoRA {config.lora.rslora}, DoRA {config.lora.dora}",
-        f"- training: {results.get('steps', '?')} steps, settings {config.train.further or 'by default'}",
-        f"- versions: {results.get('versions', {})}",
+    prints = [
+        f"{name} {digest[:16]}"
+        for name, key in (("trained on", "train_rows"), ("held out", "held_out_rows"))
+        if (digest := results.get(key))
     ]
-    return "## How it was made\n\n" + "\n".join(lines)
+    weights = results.get("weights", config.model.quantisation)
+    lines = [
+        f"base: {base}; while training: {weights}",
+        f"reference: {results.get('reference', 'the base model with its adapters disabled')}",
+        f"objective: {results.get('objective', config.objective.name)}",
+        f"data: {sources}"
+        + (f"; {rows['train']} rows trained on, {rows['held_out']} held out" if rows else ""),
+        f"fingerprints (sha256) of the tokens: {', '.join(prints)}" if prints else "",
+        f"LoRA: rank {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}, "
+        f"targets {_listed(config.lora.targets)}, rsLoRA {_yes(config.lora.rslora)}, "
+        f"DoRA {_yes(config.lora.dora)}"
+        if config.model.adapter is None
+        else f"LoRA: went on from the adapter {public_name(config.model.adapter)}",
+        f"training: {results['steps']} steps" if "steps" in results else "",
+        f"settings: {_settings(config.train.further)}" if config.train.further else "",
+        f"versions: {_versions(results['versions'])}" if results.get("versions") else "",
+    ]
+    return "## How it was made\n\n" + "\n".join(f"- {line}" for line in lines if line)
 
 
 def _metrics(results: dict[str, Any]) -> str:
@@ -52,14 +145,40 @@ def _metrics(results: dict[str, Any]) -> str:
     if not found:
         return ""
     rows = [
-        f"| {name} | {mean:.4g} | {low:.4g} to {high:.4g} |"
+        f"| {name} | {_before(name, found)} | {mean:.4g} | {low:.4g} to {high:.4g} |"
         for name, (mean, low, high) in found.items()
     ]
-    return "## Held-out pairs\n\n| metric | mean | 95 % interval |\n|---|---|---|\n" + "\n".join(
-        rows
+    head = "| metric | reference | policy | 95 % interval |\n|---|---|---|---|\n"
+    return "## Held-out pairs, before and after\n\n" + head + "\n".join(rows)
+
+
+def _before(name: str, found: Mapping[str, Sequence[float]]) -> str:
+    """Return a metric of the reference where it is known: means of differences are differences."""
+    if name in _OF_THE_REFERENCE:
+        return f"{_OF_THE_REFERENCE[name]:g}"
+    moved = found.get(name.replace("logps/", "logratios/")) if name.startswith("logps/") else None
+    return f"{found[name][0] - moved[0]:.4g}" if moved else ""
+
+
+def _versions(values: Mapping[str, str]) -> str:
+    return ", ".join(
+        f"{name} {value}" for name, value in values.items() if "not installed" not in value
     )
 
 
-def _public(path: str) -> str:
-    """A hub id as it is; a path of somebody's machine by its last part."""
-    return Path(path).name if Path(path).is_absolute() or Path(path).exists() else path
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_shown(value)}" for key, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _listed(targets: Any) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

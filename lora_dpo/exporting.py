@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ExportError, OutputError
 from lora_dpo.heads import causal_lm
-from lora_dpo.policy import Merged, merged_tensors, save_adapter
+from lora_dpo.policy import Folded, Merged, merged_tensors, save_portable_adapter
 from lora_dpo.proving import (
+    Behaviour,
     Proof,
     behaviour,
     completion_logits,
@@ -34,6 +35,7 @@ from lora_dpo.proving import (
     mean_kl,
     prove,
 )
+from lora_dpo.smoking import EXACT, ROUGH, SMOKE_FILE, smoke_record
 from lora_dpo.store import new_folder, write_json, write_text
 
 SHARD_BYTES = 2 * 2**30
@@ -41,19 +43,52 @@ _NOT_A_SETTING = ("quantization_config",)
 
 
 def export_adapter(
-    policy: nn.Module, tokenizer: Any, to: Path, *, card: str = "", overwrite: bool = False
-) -> Path:
-    """Write the adapter alone, as peft loads it, with tokenizer and card.
+    policy: nn.Module,
+    tokenizer: Any,
+    to: Path,
+    *,
+    card: str | Callable[[Folded], str] = "",
+    overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
+    base_id: str | None = None,
+    revision: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    chat: bool | None = None,
+    beside: Callable[[Path, Folded], None] | None = None,
+) -> Folded:
+    """Write the adapter alone, so that every consumer scales it alike, with tokenizer and card.
+
+    Args:
+        policy: its active adapter is written; rsLoRA and patterns of ranks and alphas are folded
+            into the tensors, and the result is held against the policy.
+        tokenizer: written beside it; None writes none, and no smoke test.
+        to: the new folder.
+        card: the model card, or a function that makes it.
+        overwrite: replace an existing folder, once the new one is whole.
+        dtype: of the two factors of each layer.
+        base_id: hub id of the base; None names none, so that no folder of this machine does.
+        revision: of the base on the hub.
+        template_arguments: variables for the chat template, as training had them.
+        chat: whether prompts are chats; where the tokenizer has a template if left out.
+        beside: writes further files into the folder.
 
     Raises:
         OutputError: the folder exists and is not empty.
+        ExportError: an adapter weight that no layer took, or a change that is not the policy's.
     """
     with new_folder(to, overwrite=overwrite) as work:
-        save_adapter(policy, work)
+        folded = save_portable_adapter(
+            policy, work, dtype=dtype, base_id=base_id, revision=revision
+        )
         if tokenizer is not None:
             _save_tokenizer(tokenizer, work)
-        write_text(work / "README.md", card)
-    return to
+            stops = stop_tokens(causal_lm(policy).generation_config, tokenizer, template_arguments)
+            record = _smoke(policy, tokenizer, stops, chat, template_arguments, ROUGH)
+            write_json(work / SMOKE_FILE, record)
+        write_text(work / "README.md", card if isinstance(card, str) else card(folded))
+        if beside is not None:
+            beside(work, folded)
+    return folded
 
 
 def export_merged(
@@ -67,6 +102,9 @@ def export_merged(
     revision: str | None = None,
     card: Callable[[Proof], str] = str,
     overwrite: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
+    chat: bool | None = None,
+    beside: Callable[[Path, Proof], None] | None = None,
 ) -> Proof:
     """Write the merged model and prove it.
 
@@ -80,6 +118,9 @@ def export_merged(
         dtype: of the files; that of the checkpoint if left out.
         revision: of the base on the hub.
         card: makes the model card from the proof.
+        template_arguments: variables for the chat template, as training had them.
+        chat: whether prompts are chats; where the tokenizer has a template if left out.
+        beside: writes further files into the folder, and may refuse it.
 
     Raises:
         OutputError: the folder exists, or the disk is too small.
@@ -90,29 +131,31 @@ def export_merged(
     policy = release()
     causal = causal_lm(policy)
     source = str(causal.config._name_or_path)
-    if getattr(causal.config, "auto_map", None):
-        raise ExportError(
-            f"{source}: a model with code of its own; plain transformers could not load a merge of it. "
-            "Export the adapter alone."
-        )
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = _plain_config(causal, source, revision)
     dtype = dtype or _stored_dtype(config)
     original = _checkpoint_lookup(source, revision, config) if base == "original" else None
     with new_folder(to, overwrite=overwrite) as work:
         _check_disk(causal, dtype, work)
         _write_weights(merged_tensors(policy, original), dtype, work)
-        _write_settings(causal, config, tokenizer, dtype, work)
+        stops = stop_tokens(causal.generation_config, tokenizer, template_arguments)
+        _write_settings(causal, config, tokenizer, dtype, stops, work)
+        _check_tokenizer(tokenizer, work, template_arguments)
         gated = base == "trained" and not is_8bit(policy)
-        with float32_compute(policy):
-            before = behaviour(policy, sequences)
-            noise = mean_kl(before.logits, completion_logits(policy, sequences, batched=True))
+        before, noise = _behaviour_and_noise(policy, sequences)
+        record = _smoke(
+            policy, tokenizer, stops, chat, template_arguments, EXACT if gated else ROUGH
+        )
         del policy, causal
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         proof = prove(work, sequences, before, noise, gated=gated)
-        write_json(work / "export_proof.json", {**asdict(proof), "base": base, "dtype": str(dtype)})
+        facts = {"base": base, "dtype": str(dtype), "stop_ids": stops}
+        write_json(work / "export_proof.json", {**proof.to_dict(), **facts})
+        write_json(work / SMOKE_FILE, record)
         write_text(work / "README.md", card(proof))
+        if beside is not None:
+            beside(work, proof)
     return proof
 
 
@@ -158,7 +201,7 @@ def _name_shards(folder: Path, paths: list[Path], weight_map: dict[str, int], to
 
 
 def _write_settings(
-    causal: Any, config: Any, tokenizer: Any, dtype: torch.dtype, folder: Path
+    causal: Any, config: Any, tokenizer: Any, dtype: torch.dtype, stops: list[int], folder: Path
 ) -> None:
     values = {k: v for k, v in config.to_dict().items() if k not in _NOT_A_SETTING}
     plain = type(config).from_dict(values)
@@ -170,6 +213,7 @@ def _write_settings(
         getattr(generation, key, None) is not None for key in ("temperature", "top_p", "top_k")
     ):
         generation.do_sample = True  # the sampling settings mean something only then
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
     generation.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
 
@@ -181,6 +225,82 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer.chat_template and path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**values, "chat_template": tokenizer.chat_template})
+
+
+def _check_tokenizer(
+    tokenizer: Any, folder: Path, template_arguments: Mapping[str, Any] | None
+) -> None:
+    """Hold token ids of texts and of rendered chats against those of the tokenizer that is exported."""
+    again = AutoTokenizer.from_pretrained(folder)
+    turns = [
+        ("user", "How are you?"),
+        ("assistant", " Fine.\n\n1 + 1 = 2"),
+        ("user", "Grüße, 你好 "),
+    ]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    for count in (1, 2, 3):
+        text = chat[count - 1]["content"]
+        same = again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        if same and tokenizer.chat_template:
+            mine, theirs = (
+                _rendered(one, chat[:count], template_arguments) for one in (tokenizer, again)
+            )
+            same = mine == theirs
+        if not same:
+            raise ExportError(
+                f"the exported tokenizer reads {text!r} as other tokens than the one that was trained "
+                "with; nothing was kept. Please report this with the name of the base model."
+            )
+
+
+def _rendered(tokenizer: Any, chat: list[dict[str, str]], arguments: Any) -> Any:
+    """Return text and token ids of a chat; a template that refuses it says the same words twice."""
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **(arguments or {})
+        )
+    except Exception as error:  # a template is a program that came with the model
+        return str(error)
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _plain_config(causal: Any, source: str, revision: str | None) -> Any:
+    if getattr(causal.config, "auto_map", None):
+        raise ExportError(
+            f"{source}: a model with code of its own; plain transformers could not load a merge of it. "
+            "Export the adapter alone."
+        )
+    return AutoConfig.from_pretrained(source, revision=revision)
+
+
+def _behaviour_and_noise(policy: nn.Module, sequences: Sequence[Any]) -> tuple[Behaviour, float]:
+    with float32_compute(policy):
+        before = behaviour(policy, sequences)
+        return before, mean_kl(before.logits, completion_logits(policy, sequences, batched=True))
+
+
+def _smoke(
+    policy: nn.Module,
+    tokenizer: Any,
+    stops: list[int],
+    chat: bool | None,
+    template_arguments: Mapping[str, Any] | None,
+    tolerance: float,
+) -> dict[str, Any]:
+    was_training = policy.training
+    policy.eval()
+    try:
+        with float32_compute(policy):
+            return smoke_record(
+                policy,
+                tokenizer,
+                stops,
+                chat=bool(tokenizer.chat_template) if chat is None else chat,
+                tolerance=tolerance,
+                template_arguments=template_arguments,
+            )
+    finally:
+        policy.train(was_training)
 
 
 def _checkpoint_lookup(source: str, revision: str | None, config: Any) -> Callable[[str], Tensor]:

@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Proof:
         gate: the largest ``kl`` that is let through; None where the figures are only reported.
         top1: share of positions with the same likeliest token.
         greedy: share of greedily generated tokens that are equal.
+        nll: mean negative log-prob of the held-out answers under the policy, nats a token.
+        nll_exported: the same under the exported model.
     """
 
     positions: int
@@ -41,13 +43,20 @@ class Proof:
     gate: float | None
     top1: float
     greedy: float
+    nll: float
+    nll_exported: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
 
     def __str__(self) -> str:
         verdict = "reported only" if self.gate is None else f"gate {self.gate:.1e}"
         return (
             f"KL(policy || exported) {self.kl:.2e} nats a token on {self.positions} positions "
             f"({verdict}; the policy's own noise {self.noise:.2e}), same likeliest token "
-            f"{self.top1:.2%}, same greedy tokens {self.greedy:.2%}"
+            f"{self.top1:.2%}, same greedy tokens {self.greedy:.2%}, held-out answers "
+            f"{self.nll:.4f} -> {self.nll_exported:.4f} nats a token"
         )
 
 
@@ -81,10 +90,17 @@ def is_8bit(policy: nn.Module) -> bool:
 class Behaviour:
     logits: Tensor  # [positions, vocabulary], float32, CPU
     greedy: list[list[int]]
+    nll: float  # of the tokens that stand there
 
 
 def behaviour(model: nn.Module, sequences: Sequence[Any]) -> Behaviour:
-    return Behaviour(completion_logits(model, sequences), greedy_tokens(model, sequences))
+    logits = completion_logits(model, sequences)
+    targets = torch.tensor([t for _, part in _compared(model, sequences) for t in part])
+    nll = sum(
+        float(-part.double().log_softmax(-1).gather(-1, at[:, None]).sum())
+        for part, at in zip(logits.split(64), targets.split(64), strict=True)
+    )
+    return Behaviour(logits, greedy_tokens(model, sequences), nll / len(targets))
 
 
 def completion_logits(
@@ -92,10 +108,7 @@ def completion_logits(
 ) -> Tensor:
     """Logits at the completion positions, one row at a time or all padded to one batch of four."""
     model.eval()
-    causal = causal_lm(model)
-    embeddings = causal.get_input_embeddings()
-    budget = max(LOGIT_BYTES // (4 * embeddings.num_embeddings), 16)
-    chosen = _within(sequences, budget)
+    chosen = _compared(model, sequences)
     width = 4 if batched else 1
     found = []
     with torch.no_grad(), compute_context(model):
@@ -113,6 +126,11 @@ def completion_logits(
                 ends = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
                 found.append(logits[i, ends].float().cpu())
     return torch.cat(found)
+
+
+def _compared(model: nn.Module, sequences: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+    embeddings = causal_lm(model).get_input_embeddings()
+    return _within(sequences, max(LOGIT_BYTES // (4 * embeddings.num_embeddings), 16))
 
 
 def _within(sequences: Sequence[Any], budget: int) -> list[tuple[list[int], list[int]]]:
@@ -173,7 +191,8 @@ def prove(
     ]
     gate = max(GATE, 3 * noise) if gated else None
     greedy = sum(a == b for a, b in pairs) / max(len(pairs), 1)
-    proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy)
+    figures = (before.nll, after.nll)
+    proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy, *figures)
     if gate is not None and not kl <= gate:
         raise ExportError(
             f"the merged model is not the policy: {proof}. Nothing was kept. Files that round less may "

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -17,7 +17,7 @@ from lora_dpo.callbacks import show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config, LoraConfig
-from lora_dpo.data import Tokenised, label_counts
+from lora_dpo.data import label_counts
 from lora_dpo.diagnostics import (
     Diagnosis,
     Effort,
@@ -26,14 +26,11 @@ from lora_dpo.diagnostics import (
     read_margins,
 )
 from lora_dpo.engine import choose_engine
-from lora_dpo.errors import ExportError
 from lora_dpo.evaluation import Evaluation, evaluate_policy
-from lora_dpo.exporting import export_adapter, export_merged
 from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by_side
 from lora_dpo.guards import (
     check_context,
     check_folder,
-    check_target,
     check_trackers,
     checkpoint_facts,
     settings_of_the_library,
@@ -56,7 +53,6 @@ from lora_dpo.preparing import (
     reference_cache,
     tokenise_rows,
 )
-from lora_dpo.proving import Proof
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
 from lora_dpo.stepping import fitted, row_length
@@ -243,55 +239,6 @@ def generate(
     )
 
 
-def export(
-    run: Run | str | Path,
-    to: str | Path,
-    *,
-    merge: bool = False,
-    base: Literal["trained", "original"] = "trained",
-    checkpoint: str = "final",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    overwrite: bool = False,
-) -> Proof | None:
-    """Hand a run on: its adapter alone, or merged into plain weights and proven.
-
-    Args:
-        run: a run or its folder.
-        to: the new folder; an existing one is replaced only with ``overwrite``.
-        merge: whether the adapter is merged.
-        base: ``trained`` (the dequantised weights that the policy was trained on) or ``original``.
-        checkpoint: ``final``, ``best`` or a step.
-        dtype: of the merged files; ``auto`` is that of the base checkpoint.
-        overwrite: replace an existing folder, once the new one is whole.
-
-    Returns:
-        The proof of a merge; None for an adapter alone.
-    """
-    run, target = _as_run(run), Path(to)
-    check_target(run.folder, target, overwrite=overwrite)
-    if not merge and (base != "trained" or dtype != "auto"):
-        raise ExportError("export: 'base' and 'dtype' belong to a merge; give --merge with them.")
-    tokenizer = run.tokenizer()
-    if not merge:
-        card = model_card(run.config, run.results, proof=None)
-        export_adapter(
-            run.load_policy(checkpoint), tokenizer, target, card=card, overwrite=overwrite
-        )
-        return None
-    sequences = _proof_sequences(run.proof_rows())
-    return export_merged(
-        lambda: run.load_policy(checkpoint),
-        tokenizer,
-        target,
-        sequences=sequences,
-        base=base,
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-        revision=run.config.model.revision,
-        card=lambda proof: model_card(run.config, run.results, proof=proof),
-        overwrite=overwrite,
-    )
-
-
 def _build_trainer(
     config: Config, objective: BoundObjective, arguments: Any, data: RunData
 ) -> PreferenceTrainer:
@@ -340,6 +287,7 @@ def _finish(
         "steps": trainer.state.global_step,
         "chat": data.is_chat,
         "weights": describe_policy(trainer.model).lines()[0],
+        "train_rows": data.train.fingerprint,
         "held_out_rows": data.held_out.fingerprint if data.held_out is not None else None,
         "rows": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
         "best_checkpoint": Path(best).name if best else None,
@@ -354,7 +302,7 @@ def _finish(
         for line in str(trainer.last_evaluation).splitlines():
             logger.info(line)
     write_json(folder / "run.json", results)
-    write_text(folder / "adapter" / "README.md", model_card(config, results, proof=None))
+    write_text(folder / "adapter" / "README.md", model_card(config, results))
     if config.output.diagnose:
         _diagnose_at_the_end(trainer, tokenizer, data, folder)
     logger.info("adapter and metrics are in %s", folder)
@@ -392,13 +340,6 @@ def _write_settings(folder: Path, config: Config, data: RunData) -> None:
     parts = {"train": data.train, "held out": data.held_out}
     cards = {name: data_card(rows) for name, rows in parts.items() if rows is not None}
     write_json(folder / "lengths.json", cards)
-
-
-def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:
-    """Return held-out rows for the proof of a merge, short ones first, one a prompt."""
-    answer = "chosen_ids" if rows.kind == "paired" else "completion_ids"
-    by_prompt = {row["prompt_key"]: (row["prompt_ids"], row[answer]) for row in rows.rows}
-    return sorted(by_prompt.values(), key=lambda pair: len(pair[0]) + len(pair[1]))[:64]
 
 
 def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:

@@ -176,7 +176,7 @@ def test_rows_add_up_and_the_merged_model_gives_the_log_probs_of_the_policy(
             fixed = lora_dpo.completion_logps(policy, batch)
     assert (mine - fixed).abs().max() > 0.1  # the adapter does something that a merge could lose
     del policy
-    proof = lora_dpo.export(run, tmp_path / "merged", merge=True)
+    proof = lora_dpo.export(run, tmp_path / "merged", merge=True).proof
     assert proof is not None and proof.kl <= 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(_dense_logps(merged, batch), mine, rtol=0, atol=1e-3)

@@ -25,9 +25,10 @@ from lora_dpo.arguments import argument_problems
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, TrainingError
 from lora_dpo.exporting import export_merged
+from lora_dpo.handing import export
 from lora_dpo.heads import check_head
 from lora_dpo.policy import load_policy, prepare_policy, save_adapter
-from lora_dpo.run import evaluate, export, train
+from lora_dpo.run import evaluate, train
 from lora_dpo.run_folder import Run
 from lora_dpo.stepping import one_batch_a_step, refuse_objective
 from tests.helpers import move_adapter, random_rows
@@ -194,7 +195,7 @@ def test_changed_data_stops_a_resume_an_evaluation_and_not_an_export(
         train({**values, "train": values["train"] | {"max_steps": 2}}, resume=True)
     with pytest.raises(DataError, match="the data has changed since the run"):
         evaluate(run)
-    assert export(run, tmp_path / "merged", merge=True) is not None
+    assert export(run, tmp_path / "merged", merge=True).proof is not None
 
 
 def test_an_export_never_costs_a_run_or_a_folder_of_something_else(
@@ -229,7 +230,7 @@ def test_a_run_without_held_out_rows_trains_and_merges(
         {**values, "data": {"train": str(one), "max_length": 128}}
     )  # a single prompt holds nothing out
     assert run.results["rows"]["held_out"] == 0
-    proof = export(run, tmp_path / "merged", merge=True)
+    proof = export(run, tmp_path / "merged", merge=True).proof
     assert proof is not None and proof.kl < 1e-6
 
 

@@ -22,8 +22,9 @@ import lora_dpo
 from lora_dpo.cli import app
 from lora_dpo.config import Config
 from lora_dpo.errors import TrainingError
+from lora_dpo.handing import export
 from lora_dpo.policy import bases
-from lora_dpo.run import evaluate, export, generate, train
+from lora_dpo.run import evaluate, generate, train
 from lora_dpo.run_folder import Run
 
 
@@ -120,14 +121,14 @@ def test_generations_stand_side_by_side_and_the_reference_is_the_base(
 def test_a_merged_export_has_its_proof_in_the_card_and_no_path_of_this_machine(
     run: Run, tmp_path: Path
 ) -> None:
-    proof = export(run, tmp_path / "merged", merge=True)
+    proof = export(run, tmp_path / "merged", merge=True).proof
     assert proof is not None and proof.kl < 1e-8
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "KL(policy || exported)" in card
     assert "dpo(beta=0.2" in card
     assert str(tmp_path.parent) not in card
-    assert export(run, tmp_path / "adapter") is None
+    assert export(run, tmp_path / "adapter").proof is None
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 

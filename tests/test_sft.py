@@ -19,9 +19,10 @@ from lora_dpo.diagnostics import Effort
 from lora_dpo.errors import ConfigError, DataError, ModelError
 from lora_dpo.evaluation import evaluate_policy
 from lora_dpo.finetuning import sft
+from lora_dpo.handing import export
 from lora_dpo.objectives import get
 from lora_dpo.policy import load_policy
-from lora_dpo.run import diagnose, export, train
+from lora_dpo.run import diagnose, train
 from lora_dpo.run_folder import Run
 from lora_dpo.stepping import Rows
 from lora_dpo.trainer import PreferenceTrainer
@@ -170,7 +171,7 @@ def test_preferences_start_from_the_run_as_the_reference_and_the_merge_holds_bot
         end = policy(input_ids=ids).logits
     torch.testing.assert_close(reference, start, rtol=1e-5, atol=1e-5)
     assert (start - base).abs().max() > 0.05 and (end - start).abs().max() > 0.05
-    proof = export(run, tmp_path / "merged", merge=True)
+    proof = export(run, tmp_path / "merged", merge=True).proof
     assert proof is not None and proof.kl < 1e-8
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():

@@ -32,6 +32,7 @@ from lora_dpo.policy.moving import (
     read_reference,
     write_reference,
 )
+from lora_dpo.policy.portable import Folded, save_portable_adapter
 from lora_dpo.policy.switching import (
     REFERENCE,
     acting,
@@ -48,6 +49,7 @@ __all__ = [
     "MOVING_FILE",
     "REFERENCE",
     "UPDATES",
+    "Folded",
     "Merged",
     "PolicyFacts",
     "ReferenceUpdate",
@@ -77,6 +79,7 @@ __all__ = [
     "reference",
     "reference_identity",
     "save_adapter",
+    "save_portable_adapter",
     "shaken",
     "snapshot_reference",
     "stored_kind",

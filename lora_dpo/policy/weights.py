@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,13 +73,14 @@ def merged_tensors(policy: nn.Module, original: Original | None = None) -> Itera
             trained on; None takes those of the policy, dequantised.
 
     Raises:
-        ExportError: an adapter weight that no tensor consumed, or that has no proven merge.
+        ExportError: an adapter weight that no tensor consumed, or two did; one without proven merge.
     """
     model = unwrap(policy)
     adapter = policy_adapter(model)
     base = model.get_base_model()
     expected = {key for key in _adapter_parameters(model, adapter)}
-    consumed: set[str] = set()
+    consumed: Counter[str] = Counter()
+    merged: dict[int, str] = {}
     tied = set(getattr(base, "all_tied_weights_keys", None) or {})
     for name, module in base.named_modules(remove_duplicate=False):
         if _inside_adapter(name):
@@ -89,17 +91,40 @@ def merged_tensors(policy: nn.Module, original: Original | None = None) -> Itera
                 continue
             known = original is not None and leaf in module._parameters
             yield Merged(key, original(key) if original and known else value, adapted=False)
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            _refuse_second_merge(name, module, adapter, merged, tied)
         if isinstance(module, LoraLayer):
             yield from _merged_layer(name, module, adapter, original)
-            consumed |= {key for key in expected if f"{name}.lora_" in key}
+            consumed.update(key for key in expected if key.startswith(f"{name}.lora_"))
         elif isinstance(module, ModulesToSaveWrapper):
             yield from _saved_module(name, module, adapter)
-            consumed |= {key for key in expected if f"{name}.modules_to_save." in key}
-    left = sorted(expected - consumed)
+            consumed.update(key for key in expected if key.startswith(f"{name}.modules_to_save."))
+    left = sorted(expected - consumed.keys())
     if left:
         raise ExportError(
             f"adapter weights that no layer of the merge took: {', '.join(left[:5])}."
         )
+    if twice := sorted(key for key, times in consumed.items() if times > 1):
+        raise ExportError(f"adapter weights that were merged twice: {', '.join(twice[:5])}.")
+
+
+def _refuse_second_merge(
+    name: str, module: Any, adapter: str, merged: dict[int, str], tied: set[str]
+) -> None:
+    """One change is added to one weight: not to two, and not to one side of a tie."""
+    if adapter not in getattr(module, "lora_A", getattr(module, "modules_to_save", ())):
+        return
+    if id(module) in merged:
+        raise ExportError(
+            f"{name}: shares its adapter with {merged[id(module)]}, and would be merged a second time; a "
+            "model with shared layers has no proven merge here. Export the adapter alone."
+        )
+    if f"{name}.weight" in tied:
+        raise ExportError(
+            f"{name}: is adapted and tied to another weight, which a merge of one side would leave "
+            "behind. Export the adapter alone."
+        )
+    merged[id(module)] = name
 
 
 def _merged_layer(

@@ -21,11 +21,12 @@ from lora_dpo.data import collate_labelled
 from lora_dpo.evaluation import Estimate, mean_interval
 from lora_dpo.forward import completion_logps
 from lora_dpo.generation import SideBySide, encode_prompt, generate_side_by_side, prompt_text
+from lora_dpo.handing import export
 from lora_dpo.heads import home_device
 from lora_dpo.policy import reference
 from lora_dpo.quickstart import DATA_DIR, HERE, MODEL_DIR
 from lora_dpo.quickstart.reward import true_reward
-from lora_dpo.run import export, train
+from lora_dpo.run import train
 from lora_dpo.run_folder import Run
 from lora_dpo.store import write_json
 
@@ -95,7 +96,7 @@ def run_quickstart(to: str | Path) -> Summary:
         policy, tokenizer, prompts, max_new_tokens=TOKENS, temperature=1.0, batch_size=SAMPLES
     )
     kl = _kl_to_reference(policy, tokenizer, prompts, [s.policy for s in samples])
-    proof = export(run, folder / "merged", merge=True)
+    proof = export(run, folder / "merged", merge=True).proof
     assert proof is not None  # a merge always has one
     summary = _summarise(run, samples, kl, proof.kl, time.monotonic() - began)
     write_json(folder / "summary.json", asdict(summary))
