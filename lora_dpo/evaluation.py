@@ -24,7 +24,7 @@ from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.reference_cache import known_reference
-from lora_dpo.showing import bar
+from lora_dpo.showing import Told, bar
 from lora_dpo.stats import WITH_GRADIENT, AnyStats
 from lora_dpo.stepping import row_length
 
@@ -43,8 +43,8 @@ class Estimate:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Told):
     """Metrics of one model on held-out rows.
 
     Args:
@@ -64,11 +64,18 @@ class Evaluation:
         values = {name: [e.mean, e.low, e.high] for name, e in self.estimates.items()}
         return {"rows": self.rows, "prompts": self.prompts, "mean_low_high": values}
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """How many rows, and how many of them are in the right order."""
+        accuracy = self.estimates.get("rewards/accuracies")
+        told = f", rewards/accuracies {accuracy}" if accuracy else ""
+        return f"{self.rows} held-out rows, {self.prompts} prompts{told}"
+
+    def lines(self) -> list[str]:
+        """Return a line a metric."""
         width = max(map(len, self.estimates))
         lines = [f"{self.rows} held-out rows, {self.prompts} prompts; mean [95 % interval]"]
-        lines += [f"  {name:<{width}}  {value}" for name, value in self.estimates.items()]
-        return "\n".join(lines)
+        return lines + [f"  {name:<{width}}  {value}" for name, value in self.estimates.items()]
 
 
 def evaluate_policy(

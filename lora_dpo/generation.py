@@ -14,20 +14,28 @@ from transformers import LogitsProcessor
 from lora_dpo.errors import ModelError
 from lora_dpo.heads import compute_context, home_device
 from lora_dpo.policy import reference, unwrap
+from lora_dpo.showing import Told
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class SideBySide(Told):
     """One prompt and what both models make of it."""
 
     prompt: str
     policy: str
     reference: str
 
-    def __str__(self) -> str:
-        return f"prompt     {self.prompt}\npolicy     {self.policy}\nreference  {self.reference}"
+    @property
+    def title(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+    def lines(self) -> list[str]:
+        """Return the three texts."""
+        texts = {"prompt": self.prompt, "policy": self.policy, "reference": self.reference}
+        return [f"{name:<9}  {text}" for name, text in texts.items()]
 
 
 def generate_side_by_side(

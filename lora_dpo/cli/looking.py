@@ -96,10 +96,10 @@ def diagnose(
 
         effort = Effort(rows=rows, samples=samples)
         if run is not None:
-            print(diagnose_run(run, checkpoint=checkpoint, effort=effort))
+            diagnose_run(run, checkpoint=checkpoint, effort=effort).print()
         else:
             assert data is not None and model is not None
-            print(diagnose_preferences(data, model, effort=effort, max_length=max_length))
+            diagnose_preferences(data, model, effort=effort, max_length=max_length).print()
 
 
 @app.command(
@@ -149,7 +149,8 @@ def generate(
             temperature=temperature,
             seed=seed,
         ):
-            print(found, end="\n\n")
+            found.print()
+            print()
 
 
 @app.command(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lora_dpo.showing import Told
 from lora_dpo.store import read_json, write_json
 
 State = Literal["found", "not found", "not measured"]
@@ -52,8 +53,8 @@ class Finding:
         return lines
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Told):
     """The findings of one run, or of data before any training."""
 
     subject: str
@@ -62,8 +63,11 @@ class Diagnosis:
     def __getitem__(self, name: str) -> Finding:
         return next(finding for finding in self.findings if finding.name == name)
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+    @property
+    def title(self) -> str:
+        """Of what, and what was found."""
+        found = [finding.name for finding in self.findings if finding.state == "found"]
+        return f"{self.subject}: {', '.join(found) or 'nothing'} found"
 
     def lines(self) -> list[str]:
         """Return the diagnosis for people, what was found first."""

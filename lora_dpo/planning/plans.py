@@ -9,6 +9,7 @@ from typing import Any
 from lora_dpo.planning.cards import GIB, Card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
+from lora_dpo.showing import Told
 from lora_dpo.stepping import Batches, batch_tokens, laid_tokens
 
 Row = Mapping[str, Any]
@@ -26,8 +27,8 @@ class Remedy:
         return f"{self.change}: {self.spared / GIB:.2f} GiB less; {self.cost}"
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Told):
     """What a run will take.
 
     Attributes:
@@ -54,6 +55,13 @@ class Plan:
     offloaded: bool = False
     seconds: float | None = None
     remedies: tuple[Remedy, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The peak, how it is reached, and whether it fits."""
+        how = f"peak {self.peak / GIB:.2f} GiB, {self.recomputed} of {self.bytes.layers} layers recomputed"
+        fits = {None: "", True: f", fits {self.room_is}", False: f", does NOT fit {self.room_is}"}
+        return how + fits[self.fits]
 
     @property
     def peak(self) -> int:
@@ -101,9 +109,6 @@ class Plan:
             verdict = "fits" if self.fits else "does NOT fit"
             found.append(f"plan: {verdict} into {self.room_is}, {(self.room or 0) / GIB:.2f} GiB")
         return [*found, *(f"  {remedy}" for remedy in self.remedies)]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

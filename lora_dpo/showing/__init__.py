@@ -1,6 +1,6 @@
 """Facts on a terminal and in HTML. Whatever comes from data is shown as text, never obeyed."""
 
-from lora_dpo.showing.pages import Displayed, fragment, page, script
+from lora_dpo.showing.pages import Displayed, Told, fragment, page, script
 from lora_dpo.showing.redrawing import Redrawn, bar, bars_on_terminals_only, can_redraw
 from lora_dpo.showing.terminals import as_text, console_for, hanging, print_to, said
 from lora_dpo.showing.visible import visible
@@ -8,6 +8,7 @@ from lora_dpo.showing.visible import visible
 __all__ = [
     "Displayed",
     "Redrawn",
+    "Told",
     "as_text",
     "bar",
     "bars_on_terminals_only",

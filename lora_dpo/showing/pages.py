@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from rich.console import RenderableType
 
-from lora_dpo.showing.terminals import as_text, print_to
+from lora_dpo.showing.terminals import as_text, print_to, said
 from lora_dpo.showing.visible import visible
 from lora_dpo.store import write_text
 
@@ -105,3 +105,27 @@ class Displayed:
 
     def _repr_html_(self) -> str:
         return fragment(self.template, facts=self)
+
+
+class Told(Displayed):
+    """Something that is told in lines: the same on a terminal, in a notebook and in a file."""
+
+    template: ClassVar[str] = "told"
+
+    def lines(self) -> list[str]:
+        """Return it for people, a line each."""
+        raise NotImplementedError
+
+    def terminal(self) -> list[RenderableType]:
+        """Return the lines, with what is hidden in them made visible."""
+        return [said(line) for line in self.lines()]
+
+    def print(self) -> None:
+        """Print the lines as they are: a terminal wraps what is too long for it."""
+        print("\n".join(visible(line) for line in self.lines()))
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.title})"
