@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +65,10 @@ copybutton_line_continuation_character = "\\"
 
 def _make_pages(app: Any) -> None:
     from api_pages import write_api
+    from foreign_tables import write_tables
     from objective_pages import write_pages
 
-    (HERE / "tables").mkdir(exist_ok=True)
-    for tool in ("trl", "unsloth", "axolotl", "llama_factory"):
-        (HERE / "tables" / f"{tool}.md").touch()
-    if find_spec("lora_dpo.config.foreign"):
-        from foreign_tables import write_tables
-
-        write_tables(HERE / "tables")
+    write_tables(HERE / "tables")
     write_pages(HERE / "objectives")
     write_api(HERE / "api")
     notebooks = HERE / "notebooks"

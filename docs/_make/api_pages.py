@@ -14,12 +14,17 @@ PAGES = {
     "runs": (
         "Runs",
         "From a config to a folder, and what is done with one afterwards.",
-        ("config", "run", "run_folder"),
+        ("config", "drafting", "run", "finetuning", "run_folder"),
     ),
     "looking": (
         "Looking",
         "The machine, the fit, the data, what became of the policy.",
         ("checkup", "planning", "inspecting", "evaluation", "generation", "comparing", "reporting"),
+    ),
+    "preferences": (
+        "Rewards and own preferences",
+        "The implicit reward as a product, judges, and preferences made of own samples.",
+        ("scoring", "judging", "sampling", "labelling"),
     ),
     "pieces": (
         "Pieces",

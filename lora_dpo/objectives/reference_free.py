@@ -137,6 +137,10 @@ def sft_demonstrations(stats: LabelledStats) -> Tensor:
 
     ``-logp / length``; a batch is averaged over tokens, not over rows.
 
+    When to use:
+        Before preference training, where the data are instructions with answers, not pairs: as
+        ``lora-dpo sft`` does.
+
     Args:
         stats: log-probs of a batch of single answers, nats, each ``[batch]``. Labels are not read:
             data asked for as ``demonstrations`` hold wanted answers alone.
