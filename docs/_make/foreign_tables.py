@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_dpo.config.foreign import Foreign, foreign_losses, foreign_options
 from objective_pages import markdown, write
 
+from lora_dpo.config.foreign import Foreign, foreign_losses, foreign_options
 from lora_dpo.objectives import OBJECTIVES
 
 FILES = {"TRL": "trl", "Unsloth": "unsloth", "axolotl": "axolotl", "LLaMA-Factory": "llama_factory"}

@@ -219,7 +219,7 @@ def facts(row: Objective) -> str:
         f"Far on the wrong side the loss {GROWTH[row.extremes]}.",
     ]
     if not row.monotone:
-        lines.append("It can rise when the chosen answer becomes likelier: it has a finite target.")
+        lines.append("It can rise when the chosen answer becomes likelier.")
     return "\n".join(f"- {line}" for line in lines)
 
 
