@@ -25,10 +25,10 @@ ROWS = {"train.jsonl": 32, "heldout.jsonl": 12, "eval_prompts.jsonl": 6}
 SETTINGS = {
     "train.per_device_train_batch_size": 8,  # 4 steps
     "train.max_steps": 4,
-    "output.diagnose": False,
 }
-# A diagnosis draws samples, which takes longer than such a run; the shared one has it.
-QUICK = "--set output.diagnose=false"
+# A diagnosis and samples take longer than such a run; the shared one has them, and these pages.
+QUICK = {"output.diagnose": False, "output.samples": 0}
+WHOLE = {"howto/watch.md"}
 # What the pages call their run; the command is the one that makes it.
 RUN = Path("runs/quickstart")
 TRAINING = "lora-dpo train configs/quickstart.yaml"
@@ -110,8 +110,13 @@ def commands(block: Block) -> list[Command]:
     return found
 
 
-def make_checkout(folder: Path) -> None:
-    """Fill a folder so that paths of a checkout are there, with little data and short training."""
+def make_checkout(folder: Path, *, quick: bool = True) -> None:
+    """Fill a folder so that paths of a checkout are there, with little data and short training.
+
+    Args:
+        folder: what is filled.
+        quick: whether runs of the quickstart's config draw no samples.
+    """
     bundled, there = ROOT / "lora_dpo" / "quickstart", folder / "lora_dpo" / "quickstart"
     (there / "data").mkdir(parents=True)
     for name, count in ROWS.items():
@@ -122,7 +127,7 @@ def make_checkout(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     path = folder / "configs" / "quickstart.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key, value in SETTINGS.items():
+    for key, value in (SETTINGS | (QUICK if quick else {})).items():
         section, name = key.split(".")
         config[section][name] = value
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -159,8 +164,7 @@ class Reader:
         if command.line == TRAINING and not command.error:
             shutil.copytree(self.run, RUN)
             return
-        quick = f" {QUICK}" if command.line.startswith("lora-dpo train") else ""
-        code, output = call(command.line + quick)
+        code, output = call(command.line)
         told = f"{block.where}: {command.line}\n{output}"
         if command.error:
             assert code == 1, told
