@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ SETTINGS = {
     "train.per_device_train_batch_size": 8,  # 4 steps
     "train.max_steps": 4,
 }
-# A diagnosis and samples take longer than such a run; the shared one has them, and these pages.
+# A diagnosis and samples take longer than such a run. The shared run has both.
 QUICK = {"output.diagnose": False, "output.samples": 0}
-WHOLE = {"howto/watch.md"}
+OF_A_PAGE = {"howto/watch.md": {"output.diagnose": False}}
 # What the pages call their run; the command is the one that makes it.
 RUN = Path("runs/quickstart")
 TRAINING = "lora-dpo train configs/quickstart.yaml"
@@ -110,12 +111,12 @@ def commands(block: Block) -> list[Command]:
     return found
 
 
-def make_checkout(folder: Path, *, quick: bool = True) -> None:
+def make_checkout(folder: Path, settings: Mapping[str, Any] = QUICK) -> None:
     """Fill a folder so that paths of a checkout are there, with little data and short training.
 
     Args:
         folder: what is filled.
-        quick: whether runs of the quickstart's config draw no samples.
+        settings: of the quickstart's config, beside SETTINGS.
     """
     bundled, there = ROOT / "lora_dpo" / "quickstart", folder / "lora_dpo" / "quickstart"
     (there / "data").mkdir(parents=True)
@@ -127,7 +128,7 @@ def make_checkout(folder: Path, *, quick: bool = True) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     path = folder / "configs" / "quickstart.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key, value in (SETTINGS | (QUICK if quick else {})).items():
+    for key, value in {**SETTINGS, **settings}.items():
         section, name = key.split(".")
         config[section][name] = value
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
