@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -17,6 +17,9 @@ quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offl
 
 test: $(VENV)/.installed-test  ## lint, types and all tests
 	scripts/check $(BIN)
+
+docs: $(VENV)/.installed-docs  ## the site, in docs/_build/html/index.html; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(SITE) $(VENV)
@@ -30,5 +33,9 @@ $(VENV)/.installed-test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) quickstart-run .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) quickstart-run docs/_build docs/api docs/notebooks docs/objectives docs/tables .pytest_cache .mypy_cache .ruff_cache

@@ -39,6 +39,10 @@ def simpo(
 
     ``-log s(beta * (mean_logp_chosen - mean_logp_rejected) - gamma)``
 
+    When to use:
+        Where no reference shall be read and lengths differ. Nothing holds the policy near the
+        base: watch the length and the end of samples, and stop early.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
         beta: per nat and token, in (0, inf); 2 to 2.5, and 10 for later models.
@@ -79,6 +83,9 @@ def simpo_hinge(stats: PairStats, *, beta: Positive = 2.0, gamma: NonNegative = 
 
     ``max(0, 1 - beta * (mean_logp_chosen - mean_logp_rejected) + gamma)``
 
+    When to use:
+        As ``simpo``, where pairs that are right by enough shall be left alone.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
         beta: as in ``simpo``, in (0, inf).
@@ -112,6 +119,9 @@ def cpo_simpo(stats: PairStats, *, beta: Positive = 2.0, gamma: NonNegative = 1.
     """SimPO with an SFT term that keeps the chosen answers likely.
 
     ``-log s(beta * (mean_logp_chosen - mean_logp_rejected) - gamma) + nll_weight * sft``
+
+    When to use:
+        As ``simpo``, where the chosen answers must stay likely: the SFT term holds them up.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
@@ -160,6 +170,10 @@ def alphapo(
     ``-log s(beta * (r(mean_logp_chosen) - r(mean_logp_rejected)) - gamma)``,
     ``r(a) = (1 - exp(-alpha * a)) / alpha``
 
+    When to use:
+        As ``simpo``, where likelihoods of both sides fall too far: alpha bends the reward so
+        that they fall less.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
         beta: per unit of r, in (0, inf).
@@ -196,6 +210,9 @@ def orpo(stats: PairStats, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.
 
     ``nll_weight * -mean_logp_chosen - beta * log s(log_odds(chosen) - log_odds(rejected))``,
     ``log_odds = log(p / (1 - p))`` of the mean token probability ``p``
+
+    When to use:
+        From a base model that has seen no SFT: one run does both, without a reference.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
@@ -242,6 +259,10 @@ def simper(stats: PairStats) -> Tensor:
 
     ``-exp(mean_logp_chosen) + exp(mean_logp_rejected)``
 
+    When to use:
+        Where there is no reference and no time to tune: the learning rate is all that is left
+        to choose.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
 
@@ -272,6 +293,10 @@ def asft(stats: PairStats, *, beta: Positive = 1.0, nll_weight: NonNegative = 1.
     """SFT with each side's own odds driven: chosen up, rejected down.
 
     ``nll_weight * -mean_logp_chosen + beta * (-log s(log_odds(chosen)) - log s(-log_odds(rejected)))``
+
+    When to use:
+        As ``orpo``, where each side's own likelihood shall be driven, not only the
+        difference.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.

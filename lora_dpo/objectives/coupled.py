@@ -47,6 +47,10 @@ def aot(stats: PairStats, *, beta: Positive = 0.01, label_smoothing: Smoothing =
 
     ``-log s(beta * (sort(policy margins) - sort(reference margins)))``
 
+    When to use:
+        Where the distribution of margins shall rise above the reference's as a whole, and
+        single pairs matter less. Steps must hold many pairs: with one it is ``dpo``.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf); 0.01 in the paper.
@@ -89,6 +93,10 @@ def aot_unpaired(
 
     ``-log s(beta * (sort(logratios_chosen) - sort(logratios_rejected)))``
 
+    When to use:
+        Where good and bad answers belong to different prompts, as many of each. Steps must
+        hold many of them.
+
     Args:
         stats: log-probs of a batch of pairs, of which the two sides need not belong together; a
             reference is required.
@@ -127,6 +135,10 @@ def dr_dpo(stats: PairStats, *, beta: Positive = 0.1, beta_prime: Positive = 1.0
     """DPO in which pairs of high loss count for less: they may be labelled wrongly.
 
     ``-b * log mean(exp(-dpo / b))`` over the batch
+
+    When to use:
+        Where an unknown share of pairs is labelled the wrong way round. Steps must hold many
+        pairs, for the doubtful ones are found by comparison.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -178,6 +190,10 @@ def bco_pair_running(stats: PairStats, state: State, *, beta: Positive = 0.01) -
 
     ``-log s(beta * logratio_chosen - d) - log s(-(beta * logratio_rejected - d))``, ``d`` the mean of
     all rewards so far, this batch's included, without gradient
+
+    When to use:
+        As ``bco_pair``, where rewards of both sides drift together: their running mean is
+        taken off first.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -248,6 +264,10 @@ def beta_dpo(
     A share ``1 - rho`` of the pairs is drawn with weights ``exp(-((margin - M) / S) ** 2 / 2)``; over
     these, ``-log s(b * margin)`` with ``b = beta * (1 + alpha * (mean margin - M))``, at least 0.001.
 
+    When to use:
+        Where pairs are of mixed quality: outlying margins are left out at random, and beta
+        follows the step's mean. Steps must hold many pairs.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         state: running mean M and spread S of the margins, of which a step keeps 0.9.
@@ -312,6 +332,10 @@ def alpha_dpo(
 
     ``-log s(beta * (mean_logp_chosen - mean_logp_rejected - g - alpha * (q - M) / S))``, ``q`` the
     margin of log-ratios per token, standardised by its running mean and spread, without gradient
+
+    When to use:
+        As ``simpo``, where one target margin for all pairs is too coarse and a reference can
+        be afforded.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; a reference is required.

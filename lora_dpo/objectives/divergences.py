@@ -55,6 +55,10 @@ def fdpo_forward_kl(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``-log s(beta * (exp(-logratio_rejected) - exp(-logratio_chosen)))``
 
+    When to use:
+        Where the variety of answers must be kept: what the reference may say is not given up.
+        The loss is exponential, so watch the gradient norm.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per unit of density ratio, in (0, inf).
@@ -93,6 +97,10 @@ def fdpo_js(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``-log s(beta * (log s(logratio_chosen) - log s(logratio_rejected)))``
 
+    When to use:
+        Between ``dpo`` and ``fdpo_forward_kl``, without exponentials: the reward of an answer
+        is bounded above.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf).
@@ -126,6 +134,10 @@ def fdpo_alpha(stats: PairStats, *, beta: Positive = 0.1, alpha: Exponent = 0.5)
     """DPO under an alpha-divergence: from reverse KL (alpha to 0) to forward KL (alpha 1).
 
     ``-log s(beta * (exp(-alpha * logratio_rejected) - exp(-alpha * logratio_chosen)) / alpha)``
+
+    When to use:
+        Where something between ``dpo`` (small alpha) and ``fdpo_forward_kl`` (alpha 1) is
+        wanted.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -165,6 +177,10 @@ def discopop(stats: PairStats, *, beta: Positive = 0.05, tau: Exponent = 0.05) -
 
     ``(1 - m) * -log s(z) + m * exp(-z)``, ``z = beta * margin``, ``m = s(z / tau)``
 
+    When to use:
+        To try a loss that was found by search. It is not convex: hold it against ``dpo`` on
+        held-out pairs.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf); 0.05 in the paper.
@@ -202,6 +218,10 @@ def cauchy(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
     """Preferences with Cauchy noise in place of logistic noise: outliers pull little.
 
     ``-log(atan(beta * margin) / pi + 1/2)``
+
+    When to use:
+        Where some pairs are outliers or wrongly labelled and their share is unknown: a wrong
+        margin pulls only with its logarithm.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.

@@ -45,6 +45,11 @@ def dpo(stats: PairStats, *, beta: Positive = 0.1, label_smoothing: Smoothing = 
 
     ``-(1 - eps) * log sigmoid(beta * margin) - eps * log sigmoid(-beta * margin)``
 
+    When to use:
+        The place to start: pairs of answers, a base or SFT model that could have written
+        them, and the wish to stay near it. Change to another objective when a run's diagnosis
+        names a failure.
+
     Args:
         stats: log-probs of a batch of pairs, nats, each ``[batch]``; a reference is required.
         beta: strength of the pull to the reference, per nat, in (0, inf). 0.1 is usual; 0.01 to
@@ -87,6 +92,10 @@ def dpo_norm(stats: PairStats, *, beta: Positive = 5.0, label_smoothing: Smoothi
 
     ``-log sigmoid(beta * (logratio_chosen / length_chosen - logratio_rejected / length_rejected))``
 
+    When to use:
+        Where chosen answers are longer (or shorter) as a rule and the policy learns the
+        length: log-ratios count per token, whatever the length.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; a reference is required.
         beta: per nat and token, in (0, inf). It multiplies a mean, so it is some fifty times that
@@ -123,6 +132,11 @@ def ipo(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
     """Squared distance of the per-token margin from a finite target, so that it cannot run away.
 
     ``(logratio_chosen / length_chosen - logratio_rejected / length_rejected - 1 / (2 * beta)) ** 2``
+
+    When to use:
+        Where one answer always wins, so that ``dpo`` would drive margins without end: the
+        margin has a finite target. Lengths divide, so long and short answers have the same
+        target per token.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; a reference is required.
@@ -163,6 +177,10 @@ def ipo_sum(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``(margin - 1 / (2 * beta)) ** 2``
 
+    When to use:
+        Where answers are of like length, or to repeat results of code that sums. Its beta is
+        not that of ``ipo``.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: the paper's tau, in (0, inf); the target margin is ``1 / (2 * beta)`` nats.
@@ -195,6 +213,10 @@ def hinge(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
     """Hinge loss on the scaled margin: no pull once a pair is right by a margin of 1.
 
     ``max(0, 1 - beta * margin)``
+
+    When to use:
+        Where pairs that are right by enough shall be left alone, so that only the others move
+        the policy.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -231,6 +253,10 @@ def robust(stats: PairStats, *, beta: Positive = 0.1, label_smoothing: Smoothing
     """DPO made unbiased for a known share of flipped labels.
 
     ``(-(1 - eps) * log sigmoid(beta * margin) + eps * log sigmoid(-beta * margin)) / (1 - 2 * eps)``
+
+    When to use:
+        Where a known share of the labels is flipped at random. Where the share is a guess,
+        ``dpo`` with label_smoothing has a lower bound and this has none.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -272,6 +298,10 @@ def exo_pair(stats: PairStats, *, beta: Positive = 0.1, label_smoothing: Target 
 
     ``s(z) * (log s(z) - log(1 - eps)) + s(-z) * (log s(-z) - log(eps))``, ``z = beta * margin`` and
     ``s`` the sigmoid
+
+    When to use:
+        Where the margin shall settle at a finite value that the label's certainty sets, and
+        pairs far on the wrong side shall pull little.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.

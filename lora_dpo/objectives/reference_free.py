@@ -43,6 +43,10 @@ def dpo_reference_free(
     ``-(1 - eps) * log sigmoid(beta * (logp_chosen - logp_rejected))
     - eps * log sigmoid(-beta * (logp_chosen - logp_rejected))``
 
+    When to use:
+        To see what the reference does, or to spare its pass. ``simpo``, ``cpo`` and ``orpo`` are made
+        for work without a reference.
+
     Args:
         stats: log-probs of a batch of pairs, nats, each ``[batch]``; no reference is read.
         beta: scale of the margin, per nat, in (0, inf).
@@ -88,6 +92,10 @@ def sft(stats: PairStats) -> Tensor:
 
     ``-logp_chosen / length_chosen``; a batch is averaged over tokens, not over rows.
 
+    When to use:
+        Before preference training, where the base is not ready for it (``lora-dpo inspect``
+        tells); or as the yardstick that a preference loss has to beat.
+
     Args:
         stats: log-probs of a batch of pairs, nats, each ``[batch]``; only the chosen side is read.
 
@@ -128,6 +136,10 @@ def sft_demonstrations(stats: LabelledStats) -> Tensor:
     """Supervised fine-tuning on single answers: negative log-likelihood per token.
 
     ``-logp / length``; a batch is averaged over tokens, not over rows.
+
+    When to use:
+        Before preference training, where the data are instructions with answers, not pairs: as
+        ``lora-dpo sft`` does.
 
     Args:
         stats: log-probs of a batch of single answers, nats, each ``[batch]``. Labels are not read:
@@ -170,6 +182,10 @@ def cpo(stats: PairStats, *, beta: Positive = 0.1, label_smoothing: Smoothing = 
 
     ``-log s(beta * (logp_chosen - logp_rejected)) + nll_weight * sft``
 
+    When to use:
+        Where no reference shall be read and chosen answers are good enough to be imitated:
+        the SFT term does that.
+
     Args:
         stats: log-probs of a batch of pairs; no reference is read.
         beta: per nat, in (0, inf).
@@ -205,6 +221,9 @@ def cpo_hinge(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``max(0, 1 - beta * (logp_chosen - logp_rejected)) + nll_weight * sft``
 
+    When to use:
+        As ``cpo``, where pairs that are right by enough shall be left alone.
+
     Args:
         stats: log-probs of a batch of pairs; no reference is read.
         beta: per nat, in (0, inf).
@@ -237,6 +256,9 @@ def cpo_ipo(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
     """CPO with IPO's squared distance, on log-probs per token.
 
     ``(mean_logp_chosen - mean_logp_rejected - 1 / (2 * beta)) ** 2 + nll_weight * sft``
+
+    When to use:
+        As ``cpo``, where the difference shall have a finite target.
 
     Args:
         stats: log-probs and lengths of a batch of pairs; no reference is read.
@@ -278,6 +300,9 @@ def slic_hf(
     """Hinge on the difference of whole log-probs, with a likelihood term on the chosen side.
 
     ``max(0, delta - logp_chosen + logp_rejected) - regularisation * logp_chosen``
+
+    When to use:
+        To repeat SLiC-HF: whole log-probs without a reference, held by a likelihood term.
 
     Args:
         stats: log-probs of a batch of pairs; no reference is read.

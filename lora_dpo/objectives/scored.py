@@ -34,6 +34,10 @@ def odpo(stats: PairStats, *, beta: Positive = 0.1, alpha: Positive = 1.0) -> Te
 
     ``-log s(beta * margin - alpha * log(score_chosen - score_rejected))``
 
+    When to use:
+        Where the data hold scores and a pair that is hardly decided shall ask for less than a
+        clear one.
+
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -69,6 +73,10 @@ def dpo_margin(stats: PairStats, *, beta: Positive = 0.1, eta: NonNegative = 1.0
     """DPO whose margin must exceed the difference of the scores.
 
     ``-log s(beta * margin - eta * (score_chosen - score_rejected))``
+
+    When to use:
+        Where the data hold scores on the scale of a reward: the policy's margin must exceed
+        their difference.
 
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
@@ -111,6 +119,10 @@ def modpo(stats: PairStats, *, beta: Positive = 0.1, weight: Weight = 0.5) -> Te
 
     ``-log s((beta * margin - (1 - w) * (score_chosen - score_rejected)) / w)``
 
+    When to use:
+        Where there are two aims: the labels are of one, the scores are the other's reward
+        model, and ``weight`` trades them.
+
     Args:
         stats: log-probs of a batch of pairs, and scores by the other objective's reward model; a
             reference is required.
@@ -152,6 +164,10 @@ def rebel(stats: PairStats, *, eta: Positive = 1.0) -> Tensor:
 
     ``(margin - eta * (score_chosen - score_rejected)) ** 2``
 
+    When to use:
+        Where scores are rewards, and the policy shall follow them by a finite step; several
+        rounds, each from the last policy, make the method of its paper.
+
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
         eta: nats for a unit of score, in (0, inf): the step from reference to optimum.
@@ -185,6 +201,9 @@ def rpo_bwd_kl(stats: PairStats, *, beta: Positive = 0.1, eta: Positive = 1.0) -
     """KL from the preference that the scores imply to the policy's.
 
     ``KL(Bernoulli(s(eta * gap)) || Bernoulli(s(beta * margin)))``, gap being that of the scores
+
+    When to use:
+        Where the policy shall prefer as strongly as the scores do, and no more.
 
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
@@ -222,6 +241,9 @@ def rpo_fwd_kl(stats: PairStats, *, beta: Positive = 0.1, eta: Positive = 1.0) -
 
     ``KL(Bernoulli(s(beta * margin)) || Bernoulli(s(eta * gap)))``
 
+    When to use:
+        As ``rpo_bwd_kl``, where pairs far on the wrong side shall pull little.
+
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -258,6 +280,9 @@ def rpo_sq(stats: PairStats, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
 
     ``(beta * margin - eta * (score_chosen - score_rejected)) ** 2``
 
+    When to use:
+        As ``rpo_bwd_kl``, where pairs far from their target shall pull most.
+
     Args:
         stats: log-probs and scores of a batch of pairs; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -292,6 +317,10 @@ def sppo(stats: PairStats, *, beta: Positive = 1e-3) -> Tensor:
 
     ``((logratio_chosen - (p_chosen - 1/2) / beta) ** 2
     + (logratio_rejected - (p_rejected - 1/2) / beta) ** 2) / 2``
+
+    When to use:
+        Where each prompt has several sampled answers, and their win rates against each other
+        stand in the data.
 
     Args:
         stats: log-probs of a batch of pairs, and scores that are win rates in [0, 1] against the

@@ -34,6 +34,10 @@ def nca_pair(stats: PairStats, *, beta: Positive = 0.01) -> Tensor:
 
     ``-log s(r_chosen) - 0.5 * log s(-r_chosen) - 0.5 * log s(-r_rejected)``, ``r = beta * logratio``
 
+    When to use:
+        Where chosen answers must not become less likely: their own log-ratio has a finite
+        target above 0.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf); 0.01 in the paper.
@@ -66,6 +70,10 @@ def bco_pair(stats: PairStats, *, beta: Positive = 0.01) -> Tensor:
     """Two binary classifications: chosen above the reference, rejected below it.
 
     ``-log s(beta * logratio_chosen) - log s(-beta * logratio_rejected)``
+
+    When to use:
+        Where each answer shall count as good or bad by itself: chosen is held above the
+        reference, which ``dpo`` does not ask for.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -103,6 +111,10 @@ def sppo_hard(stats: PairStats, *, beta: Positive = 1e-3) -> Tensor:
 
     ``(logratio_chosen - 1 / (2 * beta)) ** 2 + (logratio_rejected + 1 / (2 * beta)) ** 2``
 
+    When to use:
+        Where both sides shall have a target of their own, so that chosen rises and does not
+        only fall less than rejected.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: ``1 / eta`` of the paper, in (0, inf).
@@ -139,6 +151,10 @@ def apo_zero(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``1 - s(beta * logratio_chosen) + s(beta * logratio_rejected)``
 
+    When to use:
+        Where chosen answers are better than what the model writes now, as those of a stronger
+        model or of a careful editor.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf).
@@ -170,6 +186,10 @@ def apo_down(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
     """Pushes both sides down, rejected further: for a model that is better than the data.
 
     ``s(beta * logratio_chosen) + 1 - s(beta * margin)``
+
+    When to use:
+        Where the model already writes better answers than the chosen ones, and shall only
+        learn what is worse.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -203,6 +223,10 @@ def dpop(stats: PairStats, *, beta: Positive = 0.3, dpop_lambda: NonNegative = 5
     """DPO-positive: DPO with a penalty on a chosen log-prob below the reference's.
 
     ``-log s(beta * (margin - lambda * max(0, -logratio_chosen)))``
+
+    When to use:
+        Where chosen and rejected are nearly the same text (sums, code, small edits), so that
+        pushing one down pushes the other down too.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
@@ -242,6 +266,10 @@ def dpo_shift(stats: PairStats, *, beta: Positive = 0.1, shift: Shift = 0.75) ->
 
     ``-log s(beta * (logratio_chosen - f * logratio_rejected))``
 
+    When to use:
+        Where chosen answers sink together with the rejected ones. A smaller shift holds
+        chosen up more, and separates less.
+
     Args:
         stats: log-probs of a batch of pairs; a reference is required.
         beta: per nat, in (0, inf).
@@ -275,6 +303,10 @@ def cal_dpo(stats: PairStats, *, beta: Positive = 1e-3, calibration: NonNegative
 
     ``-log s(margin) + c * ((logratio_chosen - 1 / (2 * beta)) ** 2
     + (logratio_rejected + 1 / (2 * beta)) ** 2)``
+
+    When to use:
+        Where rewards shall have an absolute scale and not only the right difference, and
+        chosen shall not sink.
 
     Args:
         stats: log-probs of a batch of pairs; a reference is required.

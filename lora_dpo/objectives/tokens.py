@@ -30,6 +30,10 @@ def rdpo(stats: PairStats, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -
 
     ``-log s(beta * margin + alpha * (length_chosen - length_rejected))``
 
+    When to use:
+        Where longer answers win because they are longer: a pair that its length explains
+        counts as learnt.
+
     Args:
         stats: log-probs and lengths of a batch of pairs; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -93,6 +97,10 @@ def ld_dpo(
     A side's log-prob becomes ``first + alpha * (all - first)``, ``first`` being the sum over its first
     ``min(length_chosen, length_rejected)`` tokens; then ``dpo``.
 
+    When to use:
+        Where the policy becomes long-winded: tokens beyond the shorter answer's length count
+        for less, and beta stays that of ``dpo``.
+
     Args:
         stats: log-probs of a batch of pairs, and those of first tokens; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -143,6 +151,10 @@ def sampo(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``-log s(beta * (sampled logratio_chosen - sampled logratio_rejected))``
 
+    When to use:
+        As ``ld_dpo``, without a setting: as many random tokens of each side are read. The
+        draw adds noise, and log-probs of the reference cannot be stored.
+
     Args:
         stats: log-probs of a batch of pairs over the drawn tokens; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -187,6 +199,10 @@ def wpo(
 
     ``w_chosen * w_rejected * dpo``, ``w = exp(mean_t(log pi(y_t) - log sum_v pi(v) ** 2))``, without
     gradient
+
+    When to use:
+        Where the answers come from other models: pairs that the policy would hardly write
+        itself count for less.
 
     Args:
         stats: log-probs of a batch of pairs and the sides' confidences; a reference is required.
@@ -236,6 +252,10 @@ def tdpo1(stats: PairStats, *, beta: Positive = 0.1) -> Tensor:
 
     ``-log s(beta * (margin - (KL_rejected - KL_chosen)))``, ``KL = sum_t KL(reference_t || policy_t)``
 
+    When to use:
+        Where the policy drifts from its reference token by token though sums look fine: the
+        sides' KLs enter the margin.
+
     Args:
         stats: log-probs of a batch of pairs and the sides' KLs; a reference is required.
         beta: as in ``dpo``, in (0, inf).
@@ -269,6 +289,9 @@ def tdpo2(stats: PairStats, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -
     """TDPO1 with a weight on the KLs, whose gradient goes through the rejected side alone.
 
     ``-log s(beta * (margin - alpha * (KL_rejected - stop_gradient(KL_chosen))))``
+
+    When to use:
+        As ``tdpo1``, where the weight of the KLs shall be set: alpha 0 is ``dpo``.
 
     Args:
         stats: log-probs of a batch of pairs and the sides' KLs; a reference is required.

@@ -51,6 +51,10 @@ def kto(
     of the others; ``z0`` is the mean log-ratio of mismatched completions over the batch, at least 0,
     without gradient: an estimate of the KL to the reference.
 
+    When to use:
+        Thumbs up and down without pairs, in unequal numbers too. Rows far on the wrong side
+        pull little.
+
     Args:
         stats: log-probs, labels, and log-probs of mismatched completions; a reference is required.
         beta: per nat, in (0, inf).
@@ -113,6 +117,9 @@ def kto_running(
 
     As ``kto``, with ``z0 = max(0, running mean of logratio over earlier steps)``
 
+    When to use:
+        As ``kto``, at two thirds of its cost: the baseline needs no forward pass of its own.
+
     Args:
         stats: log-probs and labels; a reference is required.
         state: the running sum and its weight, which corrects for the first steps.
@@ -167,6 +174,9 @@ def bco(
     ``-log s(beta * logratio - d)`` of wanted rows, ``-log s(-(beta * logratio - d))`` of the others;
     ``d`` is the mean of all rewards so far, this batch's included, without gradient
 
+    When to use:
+        Thumbs up and down, where rows far on the wrong side shall keep their pull.
+
     Args:
         stats: log-probs and labels; a reference is required.
         state: number and mean of the rewards of earlier steps.
@@ -214,6 +224,10 @@ def apo_zero_unpaired(
     """KTO with the reference itself for a baseline: wanted rows above it, unwanted below.
 
     ``w_d * (1 - s(beta * logratio))`` of wanted rows, ``w_u * s(beta * logratio)`` of the others
+
+    When to use:
+        Thumbs up and down, where wanted answers are better than the model's own: the
+        reference itself is the baseline.
 
     Args:
         stats: log-probs and labels; a reference is required.
