@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
+from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ModelError
-from lora_dpo.heads import compute_context, home_device
+from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference, unwrap
 from lora_dpo.showing import Told
 
@@ -93,10 +94,11 @@ def complete(
     try:
         with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
+            stops = _Stops.of(model, tokenizer, template_arguments)
             for start in range(0, len(prompts), batch_size):
                 part = prompts[start : start + batch_size]
                 rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
-                made = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
+                made = _generate(model, rows, stops, max_new_tokens, temperature)
                 texts += tokenizer.batch_decode(made, skip_special_tokens=True)
     finally:
         model.train(was_training)
@@ -140,15 +142,15 @@ def draw(
     was_training = model.training
     model.eval()
     try:
-        ends = end_ids(model, tokenizer)
+        stops = _Stops.of(model, tokenizer, template_arguments)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
             noise = _OwnNoise(seeds[start : start + batch_size], temperature, home_device(model))
-            out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, 0.0, noise)
+            out = _generate(model, rows, stops, max_new_tokens, 0.0, noise)
             for prompt, row, ids in zip(part, rows, out.tolist(), strict=True):
-                text = _behind(tokenizer, row if isinstance(prompt, str) else [], ids, ends)
-                found.append(Drawn(text, bool(ends.intersection(ids))))
+                text = _behind(tokenizer, row if isinstance(prompt, str) else [], ids, stops.ends)
+                found.append(Drawn(text, bool(stops.ends.intersection(ids))))
     finally:
         model.train(was_training)
     return found
@@ -192,6 +194,7 @@ def sample_ids(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Return one sample a tokenised prompt, up to and with its end token; see ``complete``."""
     made: list[list[int]] = []
@@ -200,22 +203,36 @@ def sample_ids(
     try:
         with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
-            ends = end_ids(model, tokenizer)
+            stops = _Stops.of(model, tokenizer, template_arguments)
             for start in range(0, len(prompts), batch_size):
                 rows = [list(prompt) for prompt in prompts[start : start + batch_size]]
-                out = _generate(model, rows, _pad_id(tokenizer), max_new_tokens, temperature)
-                made += [_up_to_end(ids, ends) for ids in out.tolist()]
+                out = _generate(model, rows, stops, max_new_tokens, temperature)
+                made += [_up_to_end(ids, stops.ends) for ids in out.tolist()]
     finally:
         model.train(was_training)
     return made
 
 
-def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return the tokens at which a model's samples end."""
+def end_ids(
+    model: nn.Module, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None
+) -> set[int]:
+    """Return the tokens at which a model's samples end, that of its chat template's turns among them."""
     config = getattr(_generator(model), "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = set(found) if isinstance(found, (list, tuple)) else {found}
-    return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+    return set(stop_tokens(config, tokenizer, template_arguments))
+
+
+@dataclass(frozen=True)
+class _Stops:
+    """The tokens that end a completion, and the one that fills up a batch."""
+
+    ends: set[int]
+    pad: int
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any, arguments: Mapping[str, Any] | None) -> _Stops:
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        any_will_do = pad if pad is not None else end if end is not None else 0  # it is masked
+        return cls(end_ids(model, tokenizer, arguments), int(any_will_do))
 
 
 def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
@@ -246,7 +263,9 @@ def encode_prompt(
         )
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = list(
+        tokenizer(prompt, split_special_tokens=True)["input_ids"]
+    )  # a text is no control token
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -270,39 +289,49 @@ def prompt_text(prompt: Prompt) -> str:
 def _generate(
     model: nn.Module,
     rows: list[list[int]],
-    pad_id: int,
+    stops: _Stops,
     max_new_tokens: int,
     temperature: float,
     noise: LogitsProcessor | None = None,
 ) -> Tensor:
-    longest = max(map(len, rows))
+    longest, pad = max(map(len, rows)), stops.pad
     device = home_device(model)
-    ids = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rows], device=device)
+    ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0
-        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        else {"do_sample": False}
     )
-    target = _generator(model)
-    with torch.no_grad(), compute_context(model):
+    config = GenerationConfig(eos_token_id=sorted(stops.ends), pad_token_id=pad, **sampling)
+    with torch.no_grad(), compute_context(model), _generating_by(model, config) as target:
         out: Tensor = target.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id,
             use_cache=True,
             logits_processor=[noise] if noise is not None else None,
-            **sampling,
         )
     return out[:, longest:]
 
 
+@contextmanager
+def _generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[Any]:
+    """Let nothing of the base's own generation config (a repetition penalty, say) change what is drawn.
+
+    Handing a config over is not enough: what it leaves open the library takes from the model's.
+    """
+    target = _generator(model)
+    owners = {id(owner): owner for owner in (target, causal_lm(model))}.values()
+    before = [(owner, owner.generation_config) for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        yield target
+    finally:
+        for owner, own in before:
+            owner.generation_config = own
+
+
 def _generator(model: nn.Module) -> Any:
     return model if hasattr(model, "generate") else unwrap(model)
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is masked."""
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return int(pad if pad is not None else end if end is not None else 0)

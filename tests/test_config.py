@@ -135,3 +135,34 @@ def test_paths_become_absolute_so_that_the_saved_config_works_from_anywhere(
     assert resolved.data.train[0].path == str(tmp_path / "a.jsonl")
     assert resolved.model.base == "some/model"  # no such folder: a hub id
     assert resolved.output.dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("objective", "train", "key"),
+    [
+        ("simpo", {"reference_update": "soft"}, "train.reference_update"),
+        (
+            "simpo",
+            {"metric_for_best_model": "eval_logratios/chosen"},
+            "train.metric_for_best_model",
+        ),
+        (
+            "sft_demonstrations",
+            {"metric_for_best_model": "rewards/accuracies"},
+            "train.metric_for_best_model",
+        ),
+    ],
+)
+def test_settings_of_what_an_objective_does_not_have_are_refused(
+    objective: str, train: dict[str, str], key: str
+) -> None:
+    values = {
+        "objective": objective,
+        "model": {"base": "b"},
+        "data": {"train": "d.jsonl"},
+        "train": train,
+        "output": {"dir": "o"},
+    }
+    with pytest.raises(ConfigError, match=key):
+        Config.parse(values)
+    Config.parse({**values, "objective": "dpo"})

@@ -45,6 +45,7 @@ def problems_between(config: Config | None, values: Mapping[str, Any]) -> list[s
         *_objective_problems(values.get("objective", {})),
         *_moving_problems(config),
         *_cache_problems(config),
+        *_objective_has_none_of(config),
         *_train_problems(values.get("train", {})),
         *_adapter_problems(config),
     ]
@@ -164,6 +165,33 @@ def _cache_problems(config: Config | None) -> list[str]:
     except ConfigError:
         reason = ""  # said where the objective is looked at
     return problems + [f"train.cache_reference: true, but {reason}"] * bool(reason)
+
+
+def _objective_has_none_of(config: Config | None) -> list[str]:
+    """Settings of what the objective does not have: a reference, or the metric that is best."""
+    if config is None:
+        return []
+    from lora_dpo import objectives
+
+    try:
+        bound = objectives.build(config.objective.to_dict())
+    except ConfigError:
+        return []  # said where the objective is looked at
+    name, problems = config.objective.name, []
+    if config.train.reference_update != "none" and not bound.reference:
+        problems.append(
+            f"train.reference_update: is {config.train.reference_update}, but {name} reads no reference; "
+            "leave it out."
+        )
+    metric = str(config.train.further.get("metric_for_best_model") or "").removeprefix("eval_")
+    absent = ["logratios/"] * (not bound.reference)
+    absent += ["rewards/"] * (bound.data == "demonstrations")
+    if metric.startswith(tuple(absent)):
+        problems.append(
+            f"train.metric_for_best_model: {metric} is no metric of {name}; expected loss, or one that "
+            "it reports."
+        )
+    return problems
 
 
 def _train_problems(values: Any) -> list[str]:

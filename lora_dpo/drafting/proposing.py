@@ -17,6 +17,8 @@ from lora_dpo.errors import ConfigError
 from lora_dpo.planning import card_of, question_of
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_rows, load_tokenizer, tokenise_rows
+from lora_dpo.run_folder import bound_objective
+from lora_dpo.stepping import fitted
 
 OBJECTIVES = {"paired": "dpo", "unpaired": "kto", "demonstrations": "sft_demonstrations"}
 SFT_RATE, RATE = 2e-4, 5e-5
@@ -72,8 +74,8 @@ def init_config(
         notes.append(f"held out: {len(held)} rows; {held.shape}")
     tokenizer = load_tokenizer(config)
     tokens = tokenise_rows(read, config, tokenizer)
-    rows = list(tokens.rows)
     found = Config.parse(_merged(values, fixed))
+    rows = list(fitted(bound_objective(found), tokens, None)[0].rows)  # as training will
     question = question_of(found, rows, gpu=gpu)
     tied = bool(getattr(base.get_text_config(), "tie_word_embeddings", False))
     choice = first_that_fits(question, fixed, positions, len(read), movable=not tied)

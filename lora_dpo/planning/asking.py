@@ -37,7 +37,7 @@ from lora_dpo.policy import (
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.run_folder import bound_objective
-from lora_dpo.stepping import Batches, batches_of, recomputes, row_length
+from lora_dpo.stepping import Batches, batches_of, fitted, recomputes, row_length
 
 # Adapters beside the trained one, in its size; a soft update needs twice the rank.
 _BESIDE = {"hard": 1.0, "factors": 1.0, "soft": 2.0}
@@ -89,8 +89,10 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
     if gpu:
         card_of(gpu)  # a slip is told before data are read
     check_context(config, check_base(config.model))
-    rows = prepare_data(config, load_tokenizer(config), bound_objective(config).data).train.rows
-    return question_of(config, list(rows), gpu=gpu).answer()
+    objective = bound_objective(config)
+    data = prepare_data(config, load_tokenizer(config), objective.data)
+    rows, _ = fitted(objective, data.train, None)
+    return question_of(config, list(rows.rows), gpu=gpu).answer()
 
 
 def question_of(
