@@ -56,12 +56,34 @@ def test_swapping_the_answers_mirrors_the_verdict() -> None:
 
 
 def test_a_judge_that_always_prefers_the_first_gives_ties_alone_and_is_named_as_biased() -> None:
-    found = judge_answers(LikesFirst(), [("p", f"a{i}", f"b{i}") for i in range(20)])
+    found = judge_answers(LikesFirst(), [(f"p{i}", f"a{i}", f"b{i}") for i in range(20)])
     assert [verdict.share for verdict in found.verdicts if verdict] == [0.5] * 20
     assert (found.bias.first, found.bias.second) == (20, 0)
     # 20 of 20: twice one half to the 20th
     assert math.isclose(found.bias.p_value, 2 * 0.5**20) and found.bias.biased
     assert "biased to the first place" in str(found.bias)
+
+
+def test_the_pairs_of_one_prompt_are_one_piece_of_evidence_on_the_judges_leaning() -> None:
+    found = judge_answers(LikesFirst(), [(f"p{i % 3}", f"a{i}", f"b{i}") for i in range(30)])
+    assert (found.bias.first, found.bias.second) == (30, 0)
+    # 3 of 3 prompts: twice one half to the third
+    assert math.isclose(found.bias.p_value, 2 * 0.5**3) and not found.bias.biased
+
+
+def test_a_prompt_that_no_judge_can_read_does_not_stop_the_others() -> None:
+    class Short(LikesLonger):
+        def choose(self, prompt: str, first: str, second: str) -> Any:
+            if len(prompt) > 9:
+                raise UnreadableAnswerError("too long")
+            return super().choose(prompt, first, second)
+
+    long = [("a long prompt", "a" * i, "b") for i in range(2, 9)]
+    found = judge_answers(Short(), [*long, ("p", "aa", "b"), ("q", "a", "bb")])
+    assert found.unreadable == 7 and [v and v.winner for v in found.verdicts[7:]] == ["a", "b"]
+    with pytest.raises(JudgeError, match="none of the first 5 pairs"):
+        judge_answers(Short(), long)
+    assert judge_answers(Short(), long, answered=True).unreadable == 7
 
 
 def test_a_judge_without_a_leaning_is_not_called_biased() -> None:
@@ -85,7 +107,9 @@ def test_an_answer_that_is_no_choice_of_the_three_is_refused() -> None:
     [
         ("A", "A"), ("B.", "B"), (" c\n", "C"), ("**B**", "B"), ("(A)", "A"), ("Answer: B", "B"),
         ("The better answer is A.", "A"), ("Tie", "C"), ("B\n\nIt is clearer.", "B"),
-        ("A is better", "A"), ("A: it is clearer than B", "A"),
+        ("A is better", "A"), ("B is clearly better than A.", "B"), ("**A** is the best", "A"),
+        ("A is not as good as B", None), ("(A) is worse", None), ("A is wrong, so B", None),
+        ("A: it is clearer than B", "A"),
         ("", None), ("A good answer would", None), ("Because", None), ("A or B", None),
         ("A/B", None), ("A, B", None), ("I cannot say", None), ("<think>A</think>", None),
     ],

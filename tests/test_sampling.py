@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import threading
@@ -24,9 +25,11 @@ from lora_dpo import Run, load_preferences, sample, score, train
 from lora_dpo.cli import app
 from lora_dpo.errors import ConfigError, DataError, JudgeError, OutputError
 from lora_dpo.generation import draw
+from lora_dpo.journal import open_journal
 from lora_dpo.quickstart import DATA_DIR
 from lora_dpo.quickstart.main import quickstart_config
 from lora_dpo.quickstart.reward import true_reward
+from lora_dpo.sampling.scorers import find_scorer, score_all
 from tests.judge_server import completion, serving
 
 ROOT = Path(__file__).parents[1]
@@ -294,6 +297,55 @@ def test_a_judge_is_asked_about_each_two_in_both_orders_once(
         shares = [sum((n > m) + (n == m) / 2 for m in lengths) - 0.5 for n in lengths]
         assert row["scores"] == pytest.approx([share / 3 for share in shares])
     assert "the place decided in 0 of 30 pairs" in str(found)
+
+
+def test_scores_of_another_scorer_are_not_taken_for_this_ones(
+    quickstart_model: Path, prompts: list[Any], again: Path
+) -> None:
+    class Weighted:
+        def __init__(self, weight: float) -> None:
+            self.weight = weight
+
+        def score(self, prompt: Any, completion: str) -> float:
+            return self.weight * len(completion)
+
+    def with_default(weight: float) -> Any:
+        return lambda p, c, w=weight: w * len(c)
+
+    for make in (lambda weight: Weighted(weight).score, with_default):
+        for weight in (1.0, 2.0):
+            sample(quickstart_model, prompts, again, overwrite=True, by=make(weight), **SETTINGS)
+            for row in _lines(again):
+                assert row["scores"] == [weight * len(text) for text in row["completions"]]
+
+
+def test_a_judge_is_another_one_when_the_files_in_its_folder_change(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "judge")
+    before = find_scorer(f"judge:{folder}").version
+    assert before and find_scorer(f"judge:{folder}").version == before
+    weights = next(folder.glob("*.safetensors"))
+    os.utime(weights, ns=(0, 0))
+    assert find_scorer(f"judge:{folder}").version != before
+
+
+def test_a_judge_that_answered_in_an_earlier_session_is_not_given_up_for_one_long_prompt(
+    tmp_path: Path,
+) -> None:
+    """Its first prompt is scored; of the second it reads nothing."""
+
+    def answer(number: int, body: dict[str, Any]) -> Any:
+        asked = body["messages"][-1]["content"]
+        return completion("hm" if "long" in asked else "A")
+
+    texts = ["a", "b", "c", "d"]
+    with serving(answer) as endpoint:
+        for groups in ({"1": ("short", texts)}, {"1": ("short", texts), "2": ("long", texts)}):
+            with open_journal(tmp_path / "j.jsonl", {"drawn_by": "test"}) as journal:
+                judge = find_scorer(f"judge:{endpoint.address}", model="m")
+                found = score_all(judge, groups, journal)
+    assert found == {"1": [0.5] * 4, "2": [None] * 4}
 
 
 def test_a_person_judges_what_was_drawn(

@@ -17,6 +17,10 @@ _READ = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+# behind what may close a bold or bracketed letter
+_GOES_ON = re.compile(r"[*)\]\"'`]*[ \t]+\w")
+_IS_BETTER = re.compile(r"[*)\]\"'`]*\s+is (the )?(clearly )?(better|best)\b", re.IGNORECASE)
+
 
 def question(
     prompt: str, first: str, second: str, instructions: str | None, *, ties: bool
@@ -35,8 +39,8 @@ def read_letter(text: str) -> str | None:
     if not found:
         return None
     letter = (found["letter"] or "C").upper()
-    # "A" begins many sentences: alone, or before punctuation, it is a choice
-    if re.match(r"[ \t]+\w", found["rest"]) and not re.match(r"\s+is\b", found["rest"]):
+    # "A" begins many sentences: alone, before punctuation, or as the better one it is a choice
+    if _GOES_ON.match(found["rest"]) and not _IS_BETTER.match(found["rest"]):
         return None
     others = set("ABC") - {letter}
     first_line = found["rest"].split("\n", 1)[0]

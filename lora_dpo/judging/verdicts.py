@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class PositionBias:
         pairs: that were judged in both orders.
         first: of these, the ones where the first place won twice.
         second: likewise the second place.
-        p_value: of as unequal counts by a judge without a leaning (exact binomial, two-sided).
+        p_value: of as unequal counts by a judge without a leaning: exact sign test, two-sided, on
+            first minus second of each prompt, since the pairs of one prompt are not independent.
     """
 
     pairs: int
@@ -74,13 +76,17 @@ class PositionBias:
     p_value: float
 
     @classmethod
-    def of(cls, verdicts: Sequence[Verdict]) -> PositionBias:
-        """Count the bias in a judge's verdicts."""
+    def of(cls, verdicts: Sequence[Verdict], prompts: Sequence[str]) -> PositionBias:
+        """Count the bias in a judge's verdicts, given the prompt of each."""
         from scipy.stats import binomtest
 
         places = [verdict.place for verdict in verdicts]
+        leaning: Counter[str] = Counter()
+        for prompt, place in zip(prompts, places, strict=True):
+            leaning[prompt] += (place == "first") - (place == "second")
+        up, down = (sum(sign * n > 0 for n in leaning.values()) for sign in (1, -1))
+        p_value = binomtest(up, up + down).pvalue if up + down else 1.0
         first, second = places.count("first"), places.count("second")
-        p_value = binomtest(first, first + second).pvalue if first + second else 1.0
         return cls(len(verdicts), first, second, float(p_value))
 
     @property
@@ -141,12 +147,19 @@ def ask_both_orders(judge: Judge, prompt: str, a: str, b: str) -> Verdict:
     return Verdict(_asked(judge, prompt, a, b), _asked(judge, prompt, b, a))
 
 
-def judge_answers(judge: Judge, pairs: Sequence[tuple[str, str, str]]) -> Judgement:
+def judge_answers(
+    judge: Judge, pairs: Sequence[tuple[str, str, str]], *, answered: bool = False
+) -> Judgement:
     """Ask a judge about many ``(prompt, a, b)``, each in both orders.
 
     An answer that cannot be read leaves its pair without a verdict, counted; a judge whose first
-    five are all of that kind is given up. A judge may have ``at_once``: how many questions it takes
-    at the same time.
+    five are all of that kind is given up, unless it answered before. A judge may have ``at_once``:
+    how many questions it takes at the same time.
+
+    Args:
+        judge: of ``open_judge``, or any object with its ``choose``.
+        pairs: what to ask about.
+        answered: whether this judge gave a verdict already, on other pairs.
 
     Raises:
         JudgeError: the judge cannot be asked, or answers nothing that can be read.
@@ -160,17 +173,28 @@ def judge_answers(judge: Judge, pairs: Sequence[tuple[str, str, str]]) -> Judgem
             said[place] = str(error)
             return None
 
-    verdicts = [ask(place) for place in range(min(FIRST_ASKED, len(pairs)))]
-    if verdicts and not any(verdicts):
+    trial = [] if answered else _first_asked([prompt for prompt, _, _ in pairs])
+    verdicts = {place: ask(place) for place in trial}
+    if trial and not any(verdicts.values()):
         raise JudgeError(
-            f"none of the first {len(verdicts)} pairs got a verdict that could be read; the first: "
-            f"{said[0]}"
+            f"none of the first {len(trial)} pairs got a verdict that could be read; the first: "
+            f"{said[trial[0]]}"
         )
-    rest = range(len(verdicts), len(pairs))
+    rest = [place for place in range(len(pairs)) if place not in verdicts]
     with ThreadPoolExecutor(max_workers=int(getattr(judge, "at_once", 1))) as pool:
-        verdicts += pool.map(ask, rest)
-    bias = PositionBias.of([verdict for verdict in verdicts if verdict is not None])
-    return Judgement(tuple(verdicts), bias, said[min(said)] if said else "")
+        verdicts |= zip(rest, pool.map(ask, rest), strict=True)
+    ordered = tuple(verdicts[place] for place in range(len(pairs)))
+    there = [(v, pairs[place][0]) for place, v in enumerate(ordered) if v is not None]
+    bias = PositionBias.of([verdict for verdict, _ in there], [prompt for _, prompt in there])
+    return Judgement(ordered, bias, said[min(said)] if said else "")
+
+
+def _first_asked(prompts: Sequence[str]) -> list[int]:
+    """Return the places to ask first: of different prompts, so that one long prompt tells nothing."""
+    others = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
+    apart = sorted(others.values())
+    again = (place for place in range(len(prompts)) if others[prompts[place]] != place)
+    return [*apart, *again][:FIRST_ASKED]
 
 
 def _asked(judge: Judge, prompt: str, first: str, second: str) -> Choice:

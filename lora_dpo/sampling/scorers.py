@@ -29,7 +29,7 @@ from lora_dpo.preparing import stop_ids
 from lora_dpo.run_folder import Run
 from lora_dpo.sampling.drawing import base_config
 from lora_dpo.scoring import score
-from lora_dpo.store import file_sha256
+from lora_dpo.store import file_sha256, fingerprint
 
 logger = logging.getLogger("lora_dpo")
 
@@ -38,6 +38,8 @@ Group = tuple[Prompt, Sequence[str]]
 Rate = Callable[[Sequence[Group]], list[list[float | None]]]
 AT_ONCE = 16  # prompts whose scores are saved together
 MOST_JUDGED = 8  # completions of a prompt: 56 questions to the judge
+# what a function knows beside its code: with other values it is another one
+_BOUND = ("__closure__", "__self__", "__defaults__", "__kwdefaults__")
 NO_VERDICT = "left out: the judge gave no verdict that could be read"
 
 
@@ -51,7 +53,8 @@ class Scorer:
             that got none.
         version: of what stands behind the name; scores of another version are not used again.
         is_judge: whether it is one, and is asked questions.
-        verdicts: of a judge, as they come.
+        verdicts: of a judge, as they come; ``prompts``: what each is about.
+        answered: whether the judge ever gave a verdict, in an earlier session too.
     """
 
     name: str
@@ -59,10 +62,14 @@ class Scorer:
     version: str = ""
     is_judge: bool = False
     verdicts: list[Verdict] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    answered: bool = False
 
     def lines(self) -> list[str]:
         """Return what there is to know about a judge that was asked."""
-        return [f"judge: {PositionBias.of(self.verdicts)}"] if self.verdicts else []
+        if not self.verdicts:
+            return []
+        return [f"judge: {PositionBias.of(self.verdicts, self.prompts)}"]
 
 
 def find_scorer(by: str | Function, **judge: Any) -> Scorer:
@@ -127,6 +134,7 @@ def score_all(
             own = groups.get(line["scored"])
             if own is not None and line["completions"] == list(own[1]):
                 found[line["scored"]] = line["scores"]
+    scorer.answered |= any(value is not None for scores in found.values() for value in scores)
     missing = [key for key in groups if key not in found]
     if scorer.is_judge:
         logger.info("judge: %d questions", sum(questions(len(groups[key][1])) for key in missing))
@@ -180,8 +188,9 @@ def _version(function: Function) -> str:
         file = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # an object with __call__, a function of C
         file = None
-    code, closed = (getattr(function, name, None) for name in ("__code__", "__closure__"))
-    if file is None or not Path(file).is_file() or code is None or closed:
+    code = getattr(function, "__code__", None)
+    bound = [getattr(function, name, None) is not None for name in _BOUND]
+    if file is None or not Path(file).is_file() or code is None or any(bound):
         return secrets.token_hex(8)  # nobody can say whether it is the same: scored anew
     return f"{file_sha256(Path(file))[:16]}:{code.co_firstlineno}"
 
@@ -256,6 +265,7 @@ def _rewards(run: Run) -> Rate:
 def _of_judge(where: str, settings: Mapping[str, Any]) -> Scorer:
     settings = {name: value for name, value in settings.items() if value is not None}
     opened: Callable[[], Judge]
+    version = ""
     if where.lower().startswith(("http://", "https://")):
         judge = open_judge(where, **settings)  # nothing is sent yet
         opened = partial(_same, judge)
@@ -263,18 +273,24 @@ def _of_judge(where: str, settings: Mapping[str, Any]) -> Scorer:
         if not Path(where).is_dir() or settings:
             open_judge(where, **settings)  # says what is wrong
         check_base(base_config(where).model)
-        opened = partial(open_judge, where)
+        opened, version = partial(open_judge, where), _version_of_folder(Path(where))
     told = "".join(f" {name}={value}" for name, value in sorted(settings.items()))
-    verdicts: list[Verdict] = []
     name = f"judge:{where}{told}"
-    return Scorer(name, lambda: _judged(opened(), verdicts), is_judge=True, verdicts=verdicts)
+    scorer = Scorer(name, lambda: _judged(opened(), scorer), version, is_judge=True)
+    return scorer
+
+
+def _version_of_folder(folder: Path) -> str:
+    """Return a fingerprint of a model's files, without reading gigabytes of weights."""
+    facts = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return fingerprint([(path.name, fact.st_size, fact.st_mtime_ns) for path, fact in facts])[:16]
 
 
 def _same(judge: Judge) -> Judge:
     return judge
 
 
-def _judged(judge: Judge, verdicts: list[Verdict]) -> Rate:
+def _judged(judge: Judge, scorer: Scorer) -> Rate:
     def rate(groups: Sequence[Group]) -> list[list[float | None]]:
         places = [
             (g, a, b)
@@ -284,8 +300,12 @@ def _judged(judge: Judge, verdicts: list[Verdict]) -> Rate:
         asked = [
             (prompt_text(groups[g][0]), groups[g][1][a], groups[g][1][b]) for g, a, b in places
         ]
-        judgement = judge_answers(judge, asked)
-        verdicts.extend(verdict for verdict in judgement.verdicts if verdict is not None)
+        judgement = judge_answers(judge, asked, answered=scorer.answered)
+        for (prompt, _, _), verdict in zip(asked, judgement.verdicts, strict=True):
+            if verdict is not None:
+                scorer.verdicts.append(verdict)
+                scorer.prompts.append(prompt)
+                scorer.answered = True
         if judgement.unreadable:
             logger.info("judge: without a verdict, for example: %s", judgement.example)
         shares: list[list[list[float]]] = [[[] for _ in texts] for _, texts in groups]
