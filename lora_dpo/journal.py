@@ -50,9 +50,7 @@ def open_journal(path: Path, head: Mapping[str, Any]) -> Iterator[Journal]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(path):
-        found = _repaired(path)
-        if found:
-            _check_head(path, found[0], dict(head))
+        found = _repaired(path, dict(head))
         with path.open("ab") as stream:
             journal = Journal(path, found[1:], stream)
             if not found:
@@ -66,15 +64,20 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
     return (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _repaired(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal; one that a kill has torn is cut off."""
+def _repaired(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of a journal; one that a kill has torn is cut off, once it is known as ours."""
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    found = [_parsed(path, i, line) for i, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+    if found:
+        _check_head(path, found[0], head)
+    elif not _encoded(head).startswith(content):  # not even its first line, torn
+        raise OutputError(f"{path}: exists already, and is not what we wrote; choose another file.")
     if whole != content:
         os.truncate(path, len(whole))
-    return [_parsed(path, i, line) for i, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+    return found
 
 
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -117,6 +117,29 @@ def test_an_answer_becomes_the_pair_that_was_shown(tmp_path: Path) -> None:
     assert "policy preferred" in found.to_html() and found.to_dict()["written"] == 2
 
 
+def test_a_file_that_is_not_as_the_answers_say_is_written_again(tmp_path: Path) -> None:
+    to = tmp_path / "labels.jsonl"
+    with _session(_rows(3), to) as session:
+        _answer(session, "left")
+        session.write()
+        old = to.read_bytes()
+        _answer(session, "left")
+        session.write()
+        new = to.read_bytes()
+        to.write_bytes(old)  # as a write that failed, behind its checksum in the journal, leaves it
+        session.write()
+        assert to.read_bytes() == new != old
+
+
+def test_a_thumb_counts_for_all_whose_text_it_is(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "policy": "x", "reference": "x"},
+            {"prompt": "q", "policy": "y", "reference": "z"}]  # fmt: skip
+    with _session(rows, tmp_path / "t.jsonl", mode="thumbs") as session:
+        while session.state()["texts"]:
+            _answer(session, "down" if session.state()["texts"] == ["z"] else "up")
+        assert session.result().wins == {"policy": (2.0, 2), "reference": (1.0, 2)}
+
+
 def test_thumbs_become_unpaired_rows_with_the_prompts_own_form(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hi"}]
     rows = [{"prompt": chat, "completion": text} for text in ("yes", "no", "hm", "yes")]
@@ -272,21 +295,22 @@ def test_only_the_page_itself_on_this_machine_may_ask(tmp_path: Path) -> None:
         assert session.state()["done"] == 1
 
 
-def test_what_the_page_gets_does_not_tell_where_a_text_is_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["pairs", "thumbs"])
+def test_what_the_page_gets_does_not_tell_where_a_text_is_from(tmp_path: Path, mode: str) -> None:
     """Two files that differ in which column holds which text look the same to who is asked."""
     seen = []
     for mine, theirs in (("policy", "reference"), ("reference", "policy")):
         rows = [{"prompt": f"p{i}", mine: f"x{i}", theirs: f"y{i}"} for i in range(6)]
         to = tmp_path / f"{mine}.jsonl"
-        with _session(rows, to) as session, _served(session) as server:
+        with _session(rows, to, mode=mode) as session, _served(session) as server:
             own, got = f"/{server.token}/", []
-            for _ in rows:
+            for _ in session.items.items:
                 content = _ask(server, "GET", own + "state")[1]
                 got.append(content)
-                _answer(session, "left")
+                _answer(session, "left" if mode == "pairs" else "up")
+            assert not any(b"policy" in x or b"reference" in x for x in got)
             got += [_ask(server, "GET", own + name)[1] for name in ("", "page.js", "page.css")]
         seen.append(got)
-        assert not any(b"policy" in x or b"reference" in x for x in got[: len(rows)])
     assert seen[0] == seen[1]
 
 

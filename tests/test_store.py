@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_dpo.errors import OutputError
+from lora_dpo.journal import open_journal
 from lora_dpo.store import (
     fingerprint,
     lock,
@@ -61,6 +63,21 @@ def test_a_manifest_notices_every_change(tmp_path: Path, damage: str) -> None:
 def test_fingerprints_do_not_depend_on_the_order_of_keys_and_do_on_values() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+
+
+def test_a_journal_leaves_a_file_that_is_not_its_own_as_it_is(tmp_path: Path) -> None:
+    path, head = tmp_path / "mine.drawn.jsonl", {"drawn_by": "us", "k": 4}
+    first = (json.dumps(head) + "\n").encode()
+    for mine in (b'{"prompt": "a"}\n{"prompt": "b"}', b'{"prompt": "a"}', first + b"no json\n{"):
+        path.write_bytes(mine)
+        with pytest.raises(OutputError), open_journal(path, head):
+            pass
+        assert path.read_bytes() == mine
+    for torn in (b"", first[:9], first[:-1], first, first + b'{"dra'):
+        path.write_bytes(torn)
+        with open_journal(path, head) as journal:
+            assert journal.lines == []
+        assert path.read_bytes() == first
 
 
 def test_broken_json_is_named(tmp_path: Path) -> None:

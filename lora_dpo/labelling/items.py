@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -37,7 +37,8 @@ class Item:
         key: of prompt and completions, whatever their order: an answer is found again by it.
         prompt: text or messages, as the file has it.
         completions: one or two, as the file has them.
-        sources: what the file calls them, or nothing. Never shown to who is asked.
+        sources: what the file calls them, or nothing; of a single completion all that gave it. Never
+            shown to who is asked.
         origin: the row.
     """
 
@@ -55,7 +56,7 @@ class Items:
     mode: Mode
     items: list[Item] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    keys: set[str] = field(default_factory=set)
+    places: dict[str, int] = field(default_factory=dict)  # in items, by key
 
     def add(self, prompt: Any, completions: Sequence[Any], sources: Any, origin: Origin) -> None:
         """Take in a question, unless it was asked already."""
@@ -64,10 +65,14 @@ class Items:
             self.left_out[_EQUAL] += 1
             return
         key = digest([prompt, sorted(texts)])
-        if key in self.keys:
+        if key in self.places:
             self.left_out[_AGAIN] += 1
+            if self.mode == "thumbs":  # the one thumb is for all whose text it is
+                known = self.items[self.places[key]]
+                both = tuple(dict.fromkeys((*known.sources, *sources)))
+                self.items[self.places[key]] = replace(known, sources=both)
             return
-        self.keys.add(key)
+        self.places[key] = len(self.items)
         self.items.append(Item(key, prompt, tuple(completions), tuple(sources), origin))
 
 
@@ -80,7 +85,8 @@ def read_items(source: Source, mode: Mode | None, *, all_pairs: bool, seed: int)
             ``completion``.
         mode: ``pairs`` or ``thumbs``; None takes pairs where rows have two completions or more.
         all_pairs: of more than two completions, ask for each with each and not for each once.
-        seed: chooses which completions meet where a prompt has more than two.
+        seed: chooses which completions meet where a prompt has more than two, and in which order
+            those of a prompt get their thumbs.
 
     Raises:
         DataError: nothing to ask about, or rows of no known shape.
@@ -128,6 +134,8 @@ def _ask(found: Items, row: _Row, all_pairs: bool, seed: int) -> None:
     names = row.sources or ("",) * len(row.completions)
     sides = list(zip(row.completions, names, strict=True))
     if found.mode == "thumbs":
+        # by seed and texts alone: the order of the columns would tell where a text is from
+        sides.sort(key=lambda side: digest([seed, row.prompt, text_of(side[0])]))
         groups: list[Any] = [[side] for side in sides]
     elif len(sides) == 1:
         found.left_out[_ALONE] += 1

@@ -90,7 +90,7 @@ class Session:
             if not self._written and not rows:
                 return  # nothing said yet: no empty file
             checksum = hashlib.sha256(text.encode("utf-8")).hexdigest()
-            if self.to.exists() and checksum == self._last_written():
+            if self.to.exists() and checksum == file_sha256(self.to):
                 return
             # its checksum first: after a kill between the two the old file is still known as ours
             self._add({"written": checksum})
@@ -119,7 +119,7 @@ class Session:
             elif choice == "tie":
                 wins.update(dict.fromkeys(item.sources, 0.5))
             else:
-                wins[item.sources[0]] += choice == "up"
+                wins.update(dict.fromkeys(item.sources, int(choice == "up")))
         return Labels(
             mode=self.items.mode,
             to=str(self.to),
@@ -140,10 +140,6 @@ class Session:
     def _add(self, line: dict[str, Any]) -> None:
         self.journal.add(line)
         self._take_up(line)
-
-    def _last_written(self) -> str | None:
-        lines = (line["written"] for line in reversed(self.journal.lines) if "written" in line)
-        return next(lines, None)
 
     def _take_up(self, line: dict[str, Any]) -> None:
         if "undo" in line:
