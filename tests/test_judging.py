@@ -133,6 +133,7 @@ def test_an_endpoint_is_asked_in_both_orders_with_the_key_in_the_header_alone(
     monkeypatch.setenv("MY_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
     monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Another: sk-of-another-host")
     caplog.set_level(logging.DEBUG)
     with serving(longer_wins) as server:
         judge = open_judge(server.address, model="m", key_variable="MY_KEY", instructions="Be x.")
@@ -142,7 +143,8 @@ def test_an_endpoint_is_asked_in_both_orders_with_the_key_in_the_header_alone(
     for request in server.requests:
         assert request["headers"]["authorization"] == f"Bearer {KEY}"
         assert KEY not in json.dumps(request["body"]) + request["path"]
-        assert not any("org-mine" in value for value in request["headers"].values())
+        sent = " ".join(request["headers"].values())
+        assert "org-mine" not in sent and "x-another" not in request["headers"], sent
         assert request["body"]["model"] == "m" and request["body"]["temperature"] == 0
         assert request["body"]["messages"][0]["content"] == "Be x."
     assert KEY not in repr(judge) + caplog.text
@@ -204,6 +206,20 @@ def test_a_redirect_to_another_host_is_not_followed() -> None:
             with pytest.raises(JudgeError, match="307"):
                 judge.choose("p", "a", "b")
         assert not other.requests
+
+
+def test_a_proxy_of_the_environment_gets_nothing_that_stays_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(longer_wins) as proxy, serving(longer_wins) as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.address.removesuffix("/v1"))
+        judge = open_judge(server.address, model="m", retries=0)
+        assert judge.choose("p", "longer", "not") == "first"
+    assert len(server.requests) == 1 and not proxy.requests
 
 
 def test_a_host_that_refuses_is_named() -> None:

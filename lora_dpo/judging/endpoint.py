@@ -64,10 +64,16 @@ class EndpointJudge:
             timeout=timeout,
             max_retries=retries,
             # the named host and no other
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=timeout),
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,
+                timeout=timeout,
+                # a proxy of the environment would get what is to stay on this machine
+                trust_env=not _is_loopback(place.hostname or ""),
+            ),
         )
         # what the library reads from the environment is not for this host
         client.organization = client.project = client.admin_api_key = None
+        client._custom_headers = {}  # of OPENAI_CUSTOM_HEADERS; there is no public name
         return cls(client, where, model, key, instructions, at_once)
 
     def __repr__(self) -> str:
