@@ -39,6 +39,26 @@ def read_prompts(run: Run, source: Any = None, *, limit: int | None = None) -> l
     return as_trained(unique[:limit], chat=bool(run.results.get("chat")))
 
 
+def check_room(prompts: Sequence[Sequence[int]], context: int, wanted: int) -> None:
+    """Hold that an answer has room behind each prompt.
+
+    Args:
+        prompts: their tokens.
+        context: the most tokens that the model takes.
+        wanted: of an answer, at most.
+
+    Raises:
+        DataError: names the longest prompt that leaves too little.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest + wanted > context:
+        place = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        raise DataError(
+            f"prompt {place + 1} has {longest} tokens, and with {wanted} new ones it is longer than the "
+            f"model's context of {context}. Leave it out, or ask for fewer (--max-new-tokens)."
+        )
+
+
 def _given(run: Run, source: Any) -> list[Prompt]:
     if isinstance(source, (list, tuple)):
         for place, prompt in enumerate(source, start=1):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,23 @@ def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     return [entry for _, entry in kept]
 
 
-def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Append to a file of JSON lines, none of whose texts looks like the end of a line."""
+def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Return JSON in one line, whatever its texts hold.
+
+    Args:
+        entry: plain values.
+        default: what makes others plain.
+    """
     ends = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
-    with path.open(
-        "a", encoding="utf-8", errors="backslashreplace"
-    ) as stream:  # halves of characters
+    text = json.dumps(entry, ensure_ascii=False, default=default).translate(ends)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # halves of characters
+
+
+def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Append to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as stream:
         for entry in entries:
-            stream.write(json.dumps(entry, ensure_ascii=False).translate(ends) + "\n")
+            stream.write(json_line(entry) + "\n")
 
 
 @contextmanager

@@ -408,6 +408,12 @@ def test_mistakes_are_told_before_anything_is_drawn(
             sample(quickstart_model, prompts, to, **options)
     with pytest.raises(DataError, match=r"prompts: number 1 ends with the assistant"):
         sample(quickstart_model, [[{"role": "assistant", "content": "x"}]], to)
+    with pytest.raises(DataError, match=r"prompt 1 has .* context of 256"):
+        sample(quickstart_model, [[{"role": "user", "content": "x " * 500}]], to)
+    for name in ("s.jsonl", "s.pairs.jsonl", "s.drawn.jsonl"):
+        with pytest.raises(OutputError, match="is the prompts themselves"):
+            sample(quickstart_model, to.with_name(name), to, overwrite=True, by=f"{scorer}:same",
+                   pairs="all")  # fmt: skip
     with pytest.raises(OutputError, match=r"expected a name in \.jsonl"):
         sample(quickstart_model, prompts, tmp_path / "s.parquet")
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from lora_dpo.comparing.answering import Sampled, sample_answers
 from lora_dpo.comparing.comparison import AnswerRow, Comparison, ModelFigures
 from lora_dpo.comparing.measures import Array, Measured, against, columns_of, measure, wins
 from lora_dpo.comparing.together import adapters_of, check_together, load_together, names_of
-from lora_dpo.errors import ConfigError, DataError, UnreadableAnswerError
+from lora_dpo.errors import ConfigError, JudgeError, UnreadableAnswerError
 from lora_dpo.generation import encode_prompt, prompt_text
 from lora_dpo.judging import Judge, Judgement, judge_answers, open_judge
 from lora_dpo.policy import acting, check_base
-from lora_dpo.prompts import read_prompts
+from lora_dpo.prompts import check_room, read_prompts
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring import Scores, context_of, reward_in_words, score_ids
 from lora_dpo.store import write_json
@@ -75,7 +75,8 @@ def compare(
     Raises:
         ConfigError: runs that cannot stand on one base, or a number out of range.
         DataError: prompts that cannot be read, or that leave no room for an answer.
-        JudgeError: a judge that cannot be asked.
+        JudgeError: a judge that cannot be asked; if it fails at the end, what needs no judge is
+            written first.
     """
     given = [runs] if isinstance(runs, (Run, str, Path)) else list(runs)
     opened = [run if isinstance(run, Run) else Run.open(run) for run in given]
@@ -86,16 +87,20 @@ def compare(
     asked = read_prompts(opened[0], prompts, limit=limit)
     tokenizer, template = opened[0].tokenizer(), opened[0].config.data.template_arguments
     ids = [encode_prompt(tokenizer, prompt, template) for prompt in asked]
-    _check_room(ids, context_of(check_base(opened[0].config.model)), max_new_tokens)
+    check_room(ids, context_of(check_base(opened[0].config.model)), max_new_tokens)
     texts = [prompt_text(prompt) for prompt in asked]
     opened_judge = _judge(judge, judge_model, judge_key)
     if opened_judge is not None:
         _try(opened_judge, texts[0])
     policy = load_together(opened, checkpoint)
     settings = _Settings(samples, max_new_tokens, seed, batch_size)
-    made = _Work(opened, policy, tokenizer, ids, texts, settings).compare(opened_judge)
+    made, failed = _Work(opened, policy, tokenizer, ids, texts, settings).compare(opened_judge)
+    path = opened[0].folder / "comparison.json"
     if write:
-        write_json(opened[0].folder / "comparison.json", made.to_dict())
+        write_json(path, made.to_dict())
+    if failed is not None:
+        kept = f" Everything but its figures is in {path}." if write else ""
+        raise JudgeError(f"{failed}{kept}") from failed
     return made
 
 
@@ -115,7 +120,8 @@ class _Work:
         """The prompt of each answer, ``[answers]``."""
         return np.repeat(np.arange(len(self.prompts)), self.settings.samples)
 
-    def compare(self, judge: Judge | None) -> Comparison:
+    def compare(self, judge: Judge | None) -> tuple[Comparison, JudgeError | None]:
+        """Return the comparison, and what went wrong where the judge failed."""
         fixed = self._answers(None)
         base = columns_of(fixed)
         plain = {name: Measured(measure(name, v, self.clusters)) for name, v in base.items()}
@@ -129,14 +135,13 @@ class _Work:
                 for key, values in columns_of(mine).items()
             }
             figures |= self._by_reward(adapter, run, mine, fixed)
-            notes: tuple[str, ...] = ()
-            if judge is not None:
-                judged, notes = self._by_judge(judge, mine, fixed)
-                figures["judge_wins"] = judged
             rule = reward_in_words(run.objective)
-            models.append(ModelFigures(name, str(run.folder), rule, figures, notes))
+            models.append(ModelFigures(name, str(run.folder), rule, figures, ()))
             answers.append(mine)
-        return Comparison(
+        failed = None
+        if judge is not None:  # last: whatever happens to it, the rest is there
+            models, failed = self._judged(judge, models, answers)
+        made = Comparison(
             models=tuple(models),
             answers=tuple(self._side_by_side([model.name for model in models], answers)),
             prompts=len(self.prompts),
@@ -145,6 +150,7 @@ class _Work:
             seed=self.settings.seed,
             judge=_name(judge),
         )
+        return made, failed
 
     def _answers(self, adapter: str | None) -> Sampled:
         settings = self.settings
@@ -188,19 +194,39 @@ class _Work:
             "reward_wins": wins("reward_wins", shares, self.clusters),
         }
 
+    def _judged(
+        self, judge: Judge, models: Sequence[ModelFigures], answers: Sequence[Sampled]
+    ) -> tuple[list[ModelFigures], JudgeError | None]:
+        """Return the models with the judge's figures, as far as it came."""
+        found, failed, answered = [models[0]], None, False
+        for model, mine in zip(models[1:], answers[1:], strict=True):
+            if failed is None:
+                try:
+                    wins_, notes, some = self._by_judge(judge, mine, answers[0], answered)
+                except JudgeError as error:
+                    failed = error
+                else:
+                    answered |= some
+                    figures = {**model.measures, "judge_wins": wins_}
+                    found.append(replace(model, measures=figures, notes=notes))
+                    continue
+            found.append(replace(model, notes=(f"judge: it failed, so no figures: {failed}",)))
+        return found, failed
+
     def _by_judge(
-        self, judge: Judge, mine: Sampled, fixed: Sampled
-    ) -> tuple[Measured, tuple[str, ...]]:
+        self, judge: Judge, mine: Sampled, fixed: Sampled, answered: bool
+    ) -> tuple[Measured, tuple[str, ...], bool]:
+        """Return win rate, notes, and whether the judge gave any verdict."""
         places = [i for i, (a, b) in enumerate(zip(mine.texts, fixed.texts, strict=True)) if a != b]
         asked = [(self.texts[self.clusters[i]], mine.texts[i], fixed.texts[i]) for i in places]
         shares = np.full(len(mine.texts), 0.5)  # the same answer is a tie, and needs no judge
-        judgement: Judgement = judge_answers(judge, asked)
+        judgement: Judgement = judge_answers(judge, asked, answered=answered)
         for place, verdict in zip(places, judgement.verdicts, strict=True):
             shares[place] = np.nan if verdict is None else verdict.share
         notes = [f"judge: {line}" for line in judgement.lines()]
         if same := len(shares) - len(places):
             notes.append(f"judge: {same} answers equal to the reference's count as ties, unasked")
-        return wins("judge_wins", shares, self.clusters), tuple(notes)
+        return wins("judge_wins", shares, self.clusters), tuple(notes), any(judgement.verdicts)
 
     def _side_by_side(self, names: Sequence[str], answers: Sequence[Sampled]) -> list[AnswerRow]:
         return [
@@ -234,13 +260,3 @@ def _try(judge: Judge, prompt: str) -> None:
         judge.choose(prompt, "Yes.", "No.")
     except UnreadableAnswerError:
         return  # of this question, perhaps; of many it is an error
-
-
-def _check_room(prompts: Sequence[Sequence[int]], context: int, wanted: int) -> None:
-    longest = max(map(len, prompts))
-    if longest + wanted > context:
-        place = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        raise DataError(
-            f"prompt {place + 1} has {longest} tokens, and with {wanted} new ones it is longer than the "
-            f"model's context of {context}. Leave it out, or ask for fewer (--max-new-tokens)."
-        )

@@ -13,12 +13,13 @@ from typing import Any
 from lora_dpo.config import Config
 from lora_dpo.data.records import text_key
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.generation import Prompt, draw
+from lora_dpo.generation import Prompt, draw, encode_prompt
 from lora_dpo.journal import Journal
 from lora_dpo.policy import check_base, load_base
 from lora_dpo.preparing import load_tokenizer
-from lora_dpo.prompts import read_prompts
+from lora_dpo.prompts import check_room, read_prompts
 from lora_dpo.run_folder import Run
+from lora_dpo.scoring import context_of
 from lora_dpo.store import file_sha256
 
 logger = logging.getLogger("lora_dpo")
@@ -76,8 +77,12 @@ class Drawer:
     def load(self) -> tuple[Any, Any]:
         """Load model and tokenizer."""
         if self.checkpoint is None:
-            return load_base(self.run.config.model), load_tokenizer(self.run.config)
-        return self.run.load_policy(self.checkpoint), self.run.tokenizer()
+            return load_base(self.run.config.model), self.tokenizer()
+        return self.run.load_policy(self.checkpoint), self.tokenizer()
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer alone."""
+        return load_tokenizer(self.run.config) if self.checkpoint is None else self.run.tokenizer()
 
 
 def base_config(base: str) -> Config:
@@ -85,6 +90,18 @@ def base_config(base: str) -> Config:
     return Config.parse(
         {"model": {"base": base}, "data": {"train": "none"}, "output": {"dir": "none"}}
     )
+
+
+def check_context(drawer: Drawer, prompts: Mapping[str, Prompt], max_new_tokens: int) -> None:
+    """Hold that each completion has room in the policy's context; its weights stay on disk.
+
+    Raises:
+        DataError: names the prompt that leaves none.
+    """
+    config = drawer.run.config
+    tokenizer, template = drawer.tokenizer(), config.data.template_arguments
+    ids = [encode_prompt(tokenizer, prompt, template) for prompt in prompts.values()]
+    check_room(ids, context_of(check_base(config.model)), max_new_tokens)
 
 
 def draw_all(

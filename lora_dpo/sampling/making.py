@@ -22,7 +22,7 @@ from lora_dpo.generation import Prompt
 from lora_dpo.journal import Journal, open_journal
 from lora_dpo.labelling import label
 from lora_dpo.run_folder import Run
-from lora_dpo.sampling.drawing import Drawer, draw_all, kept
+from lora_dpo.sampling.drawing import Drawer, check_context, draw_all, kept
 from lora_dpo.sampling.result import Samples
 from lora_dpo.sampling.scorers import (
     NO_VERDICT,
@@ -92,7 +92,7 @@ def sample(
     show_log_lines()
     target = Path(to)
     _check(k, temperature, max_new_tokens, batch_size, pairs, min_margin, by)
-    _check_target(target, pairs is not None, overwrite, by)
+    _check_target(target, prompts, pairs is not None, overwrite, by)
     judge = {"model": judge_model, "key_variable": judge_key}
     if any(judge.values()) and not str(by).startswith("judge:"):
         raise ConfigError("sample: settings of a judge, and no judge; name it: by judge:WHERE.")
@@ -122,8 +122,9 @@ def _drawn(
         check_judged(k)
         most = len(prompts) * questions(k)
         logger.info("judge: at most %d questions for %d prompts", most, len(prompts))
+    check_context(drawer, prompts, settings["max_new_tokens"])
     head = {"drawn_by": "lora-dpo sample", **drawer.facts(), **settings}
-    with open_journal(target.with_name(f"{target.stem}.drawn.jsonl"), head) as journal:
+    with open_journal(_journal_of(target), head) as journal:
         draw_all(drawer, prompts, journal, batch_size=batch_size, **settings)
         _free_memory()
         texts = kept(prompts, journal, left_out)
@@ -174,18 +175,26 @@ def _check(
         raise ConfigError([f"sample: {sentence}" for sentence in wrong])
 
 
-def _check_target(target: Path, with_pairs: bool, overwrite: bool, by: Any) -> None:
+def _check_target(target: Path, prompts: Any, with_pairs: bool, overwrite: bool, by: Any) -> None:
     if target.suffix != ".jsonl":
         raise OutputError(
             f"{target}: rankings are written as JSON lines; expected a name in .jsonl."
         )
-    for path in (target, *([_pairs_of(target)] if with_pairs else [])):
+    written = (target, *([_pairs_of(target)] if with_pairs else []))
+    for path in (*written, _journal_of(target)):
+        if isinstance(prompts, (str, Path)) and Path(prompts).resolve() == path.resolve():
+            raise OutputError(f"{path}: is the prompts themselves; choose another file with --to.")
+    for path in written:
         if path.exists() and not overwrite:
             hand = f"go on by hand with: lora-dpo label {path} --to {_labels_of(path)}; or "
             raise OutputError(
                 f"{path}: exists already; {hand if by == 'hand' else ''}choose another file, or "
                 "overwrite it (what was drawn for it is used again)."
             )
+
+
+def _journal_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.drawn.jsonl")
 
 
 def _labels_of(target: Path) -> Path:

@@ -21,9 +21,12 @@ from lora_dpo.generation import (
     prompt_text,
     sample_ids,
 )
+from lora_dpo.heads import causal_lm
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.policy import check_base
+from lora_dpo.prompts import check_room
 from lora_dpo.run_folder import Run
-from lora_dpo.scoring.rewards import score_ids
+from lora_dpo.scoring.rewards import context_of, score_ids
 from lora_dpo.showing import Displayed, hanging, said
 from lora_dpo.store import refuse_existing, write_text
 
@@ -154,11 +157,15 @@ def best_of(
         objective, tokenizer = run.objective, run.tokenizer()
         template_arguments = run.config.data.template_arguments
         prompts = as_trained(prompts, chat=bool(run.results.get("chat")))
+        asked = [encode_prompt(tokenizer, prompt, template_arguments) for prompt in prompts]
+        check_room(asked, context_of(check_base(run.config.model)), max_new_tokens)
         policy = cast(nn.Module, run.load_policy(checkpoint))
     elif (beta is None) is (objective is None):
         raise ConfigError("best_of: give beta, or the objective whose reward is meant, not both.")
+    else:
+        asked = [encode_prompt(tokenizer, prompt, template_arguments) for prompt in prompts]
+        check_room(asked, context_of(causal_lm(policy).config), max_new_tokens)
     bound = objective or objectives.get("dpo").bind(beta=cast(float, beta))
-    asked = [encode_prompt(tokenizer, prompt, template_arguments) for prompt in prompts]
     rows = [ids for ids in asked for _ in range(n)]
     made = sample_ids(
         policy, tokenizer, rows, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size

@@ -24,7 +24,7 @@ from lora_dpo.run_folder import Run
 from lora_dpo.scoring.categories import SUBSET, Accuracy, Section, overall, sections_of
 from lora_dpo.scoring.rewards import Scores, labelled, reward_in_words, score_ids
 from lora_dpo.showing import Displayed, hanging, said
-from lora_dpo.store import refuse_existing, write_text
+from lora_dpo.store import json_line, refuse_existing, write_text
 
 logger = logging.getLogger("lora_dpo")
 
@@ -99,7 +99,7 @@ class FileScores(Displayed):
 
     def lines(self) -> list[str]:
         """Return each row as JSON; what JSON does not know, such as a date, as text."""
-        return [json.dumps(row, ensure_ascii=False, default=str) for row in self.rows]
+        return [json_line(row, default=str) for row in self.rows]
 
     def write(self, path: str | Path) -> None:
         """Write the rows to a new file, as JSON lines.

@@ -237,6 +237,36 @@ def test_a_judge_that_is_not_there_is_told_before_weights_load(
         compare(run, PROMPTS, **OPTIONS)
 
 
+def test_a_judge_that_fails_late_costs_nothing_but_its_own_figures(
+    first: Run, second: Run, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(first.folder, tmp_path / "first")
+    whole = compare([first, second], PROMPTS, judge=LikesTheSecondRun(), write=False, **OPTIONS)
+
+    class Tiring(LikesTheSecondRun):
+        asked = 0
+        most = 0
+
+        def choose(self, prompt: str, first: str, second: str) -> Any:
+            self.asked += 1
+            if self.asked > self.most:
+                raise JudgeError("the endpoint is gone")
+            return super().choose(prompt, first, second)
+
+    judge = Tiring()
+    differing = sum(row.texts["first"] != row.texts["reference"] for row in whole.answers)
+    judge.most = 1 + 2 * differing + 1  # the trial, the first run, and once of the second
+    with pytest.raises(JudgeError, match=r"gone.*comparison\.json"):
+        compare([Run.open(folder), second], PROMPTS, judge=judge, **OPTIONS)
+    got = json.loads((folder / "comparison.json").read_text())
+    expected = whole.to_dict()
+    figures, full = got["models"][2]["measures"], expected["models"][2]["measures"]
+    del full["judge_wins"]
+    assert figures == full and got["answers"] == expected["answers"]
+    assert got["models"][1]["measures"] == expected["models"][1]["measures"]
+    assert "the endpoint is gone" in got["models"][2]["notes"][0]
+
+
 def test_equal_answers_are_ties_that_no_judge_is_asked_about(unmoved: Run) -> None:
     with serving(lambda *_: completion("A")) as server:
         found = compare(unmoved, PROMPTS, judge=server.address, judge_model="m", **OPTIONS)

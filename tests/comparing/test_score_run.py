@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,9 @@ def test_a_section_that_lacks_subsets_says_so_and_gives_no_score() -> None:
     assert overall(sections_of(whole)) == pytest.approx(0.5)
 
 
-def test_best_of_n_ranks_samples_by_the_reward_that_score_gives_them(first: Run) -> None:
+def test_best_of_n_ranks_samples_by_the_reward_that_score_gives_them(
+    first: Run, tmp_path: Path
+) -> None:
     found = best_of(first, None, ["Question 1", "Why"], n=4, max_new_tokens=8, seed=1)
     again = best_of(first.folder, None, ["Question 1", "Why"], n=4, max_new_tokens=8, seed=1)
     assert found.to_dict() == again.to_dict()
@@ -191,6 +195,13 @@ def test_best_of_n_ranks_samples_by_the_reward_that_score_gives_them(first: Run)
         best_of(first, None, ["a"], n=0)
     with pytest.raises(LoraDpoError, match="brings its tokenizer"):
         best_of(first, None, ["a"], n=1, beta=0.3)
+    with pytest.raises(LoraDpoError, match=r"prompt 2 has .* context of 128"):
+        best_of(policy, tokenizer, ["a", "b" * 125], n=1, beta=0.2, max_new_tokens=8)
+    base = Path(first.config.model.base)
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = first.config.replace("model.base", str(tmp_path / "base"))
+    with pytest.raises(LoraDpoError, match="context of 128"):  # before the weights are missed
+        best_of(replace(first, config=config), None, ["b" * 125], n=1, max_new_tokens=8)
 
 
 def test_the_command_scores_a_file_and_ranks_samples(first: Run, tmp_path: Path) -> None:
@@ -216,6 +227,13 @@ def test_the_command_scores_a_file_and_ranks_samples(first: Run, tmp_path: Path)
 def test_a_column_that_json_does_not_know_is_kept_as_text(first: Run) -> None:
     found = score_run(first, [{**ROWS[0], "day": date(2026, 1, 2)}])
     assert json.loads(json.dumps(found.to_dict()))["rows"][0]["day"] == "2026-01-02"
+
+
+def test_a_kept_column_may_hold_half_a_character(first: Run, tmp_path: Path) -> None:
+    found = score_run(first, [{**ROWS[0], "note": "\ud83d \u2028 \u00e9"}])
+    found.write(tmp_path / "s.jsonl")
+    lines = (tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["note"] for line in lines] == ["\ud83d \u2028 \u00e9"] * 2
 
 
 def test_scores_are_shown_as_text_in_a_notebook(first: Run) -> None:
