@@ -99,7 +99,7 @@ def compare(
     if write:
         write_json(path, made.to_dict())
     if failed is not None:
-        kept = f" Everything but its figures is in {path}." if write else ""
+        kept = f" What was found without it is in {path}." if write else ""
         raise JudgeError(f"{failed}{kept}") from failed
     return made
 
