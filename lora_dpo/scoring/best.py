@@ -153,7 +153,7 @@ def best_of(
         run = policy if isinstance(policy, Run) else Run.open(policy)
         objective, tokenizer = run.objective, run.tokenizer()
         template_arguments = run.config.data.template_arguments
-        prompts = as_trained(prompts, chat=bool(run.results.get("chat")))
+        prompts = as_trained(prompts, chat=run.is_chat)
         policy = cast(nn.Module, run.load_policy(checkpoint))
     elif (beta is None) is (objective is None):
         raise ConfigError("best_of: give beta, or the objective whose reward is meant, not both.")
