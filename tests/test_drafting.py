@@ -188,6 +188,23 @@ def test_on_a_terminal_it_asks_for_what_was_not_given(tmp_path: Path) -> None:
     assert str(tmp_path / "asked.yaml") in shown.splitlines()[-1]
 
 
+def test_with_json_nothing_is_asked_on_a_terminal_and_the_output_is_json_alone(
+    quickstart_model: Path, tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "lora_dpo", "init", "--json"]
+    given = ["--model", str(quickstart_model), "--data", str(DATA / "heldout.jsonl")]
+    given += ["--gpu", "2GiB", "--to", str(tmp_path / "new.yaml")]
+    done, missing = (
+        subprocess.run([*words, *more], stdin=theirs, capture_output=True, timeout=240, check=False)
+        for more in (given, [])
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert json.loads(done.stdout)["text"] == (tmp_path / "new.yaml").read_text()
+    assert missing.returncode == 1 and b"nothing is asked with --json" in missing.stderr
+
+
 def _typed(terminal: int, answers: dict[str, str]) -> str:
     """Answer each question as it appears, and return all that was shown."""
     shown, seen, waiting = "", 0, dict(answers)
