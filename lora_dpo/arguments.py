@@ -54,6 +54,13 @@ REFUSED = {
     "do_eval": "the command says what is done",
     "do_predict": "the command says what is done",
     "local_rank": "set by the launcher",
+    "push_to_hub": "training sends nothing anywhere; export RUN --to FOLDER --push OWNER/NAME does",
+    "hub_token": "no secret belongs in a config; set HF_TOKEN in the environment",
+    "hub_model_id": "give export RUN --push OWNER/NAME",
+    "hub_private_repo": "give export RUN --push OWNER/NAME --private",
+    **dict.fromkeys(
+        ("hub_strategy", "hub_always_push", "hub_revision"), "only a finished export is pushed"
+    ),
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C always save a checkpoint",
 }
 

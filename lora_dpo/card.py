@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lora_dpo.before_and_after import at_the_reference
 from lora_dpo.config import Config
 
 if TYPE_CHECKING:
@@ -16,13 +17,27 @@ if TYPE_CHECKING:
     from lora_dpo.proving import Proof
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# what disabled adapters give by definition: rewards are distances from the reference
-_OF_THE_REFERENCE = {
-    "rewards/chosen": 0.0,
-    "rewards/rejected": 0.0,
-    "rewards/margins": 0.0,
-    "rewards/accuracies": 0.5,
-}
+# Of the section ``train``, what may be told to everybody: numbers, and names out of fixed lists.
+# All else may hold a path or a name of somebody's machine or account.
+_PUBLIC = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+)
 
 
 def model_card(
@@ -34,6 +49,7 @@ def model_card(
     notes: Sequence[str] = (),
     base_id: str | None = None,
     licence: str | None = None,
+    checkpoint: str | None = None,
 ) -> str:
     """Return the card in Markdown. Local folders are named by their last part only.
 
@@ -45,13 +61,15 @@ def model_card(
         notes: sentences on how to load it and what refuses it.
         base_id: hub id of the base, where the config names a folder.
         licence: of the base, as its own card names it.
+        checkpoint: the one that this is, as ``checkpoint-100``; None is the end of the run, whose
+            held-out figures are told only then.
     """
     base = base_id or public_name(config.model.base)
     parts = [
         f"---\n{yaml.safe_dump(_header(config, proof, base_id, licence), sort_keys=False)}---",
         f"# {Path(base).name}, tuned on preferences with {config.objective.name}",
-        _facts(config, results, base),
-        _metrics(results),
+        _facts(config, results, base, checkpoint),
+        _metrics(config, results) if checkpoint is None else "",
     ]
     if proof is not None:
         parts.append(f"## Proof of the merge\n\n{proof}")
@@ -112,7 +130,7 @@ def _header(
     return header
 
 
-def _facts(config: Config, results: dict[str, Any], base: str) -> str:
+def _facts(config: Config, results: dict[str, Any], base: str, checkpoint: str | None) -> str:
     sources = ", ".join(public_name(source.path) for source in config.data.train)
     rows = results.get("rows", {})
     prints = [
@@ -133,31 +151,36 @@ def _facts(config: Config, results: dict[str, Any], base: str) -> str:
         f"DoRA {_yes(config.lora.dora)}"
         if config.model.adapter is None
         else f"LoRA: went on from the adapter {public_name(config.model.adapter)}",
-        f"training: {results['steps']} steps" if "steps" in results else "",
-        f"settings: {_settings(config.train.further)}" if config.train.further else "",
+        _steps(results, checkpoint),
+        f"settings: {settings}" if (settings := _settings(config.train.further)) else "",
         f"versions: {_versions(results['versions'])}" if results.get("versions") else "",
     ]
     return "## How it was made\n\n" + "\n".join(f"- {line}" for line in lines if line)
 
 
-def _metrics(results: dict[str, Any]) -> str:
+def _steps(results: dict[str, Any], checkpoint: str | None) -> str:
+    if checkpoint is not None:
+        whole = f" of {results['steps']}" if "steps" in results else ""
+        return f"training: step {checkpoint.removeprefix('checkpoint-')}{whole}, a checkpoint"
+    return f"training: {results['steps']} steps" if "steps" in results else ""
+
+
+def _metrics(config: Config, results: dict[str, Any]) -> str:
     found = results.get("held_out", {}).get("mean_low_high")
     if not found:
         return ""
     rows = [
-        f"| {name} | {_before(name, found)} | {mean:.4g} | {low:.4g} to {high:.4g} |"
+        f"| {name} | {_before(config, name, found)} | {mean:.4g} | {low:.4g} to {high:.4g} |"
         for name, (mean, low, high) in found.items()
     ]
     head = "| metric | reference | policy | 95 % interval |\n|---|---|---|---|\n"
     return "## Held-out pairs, before and after\n\n" + head + "\n".join(rows)
 
 
-def _before(name: str, found: Mapping[str, Sequence[float]]) -> str:
-    """Return a metric of the reference where it is known: means of differences are differences."""
-    if name in _OF_THE_REFERENCE:
-        return f"{_OF_THE_REFERENCE[name]:g}"
-    moved = found.get(name.replace("logps/", "logratios/")) if name.startswith("logps/") else None
-    return f"{found[name][0] - moved[0]:.4g}" if moved else ""
+def _before(config: Config, name: str, found: Mapping[str, Sequence[float]]) -> str:
+    moves = config.train.reference_update != "none"
+    value = at_the_reference(name, found, objective=config.objective.name, moves=moves)
+    return "" if value is None else f"{value:.4g}"
 
 
 def _versions(values: Mapping[str, str]) -> str:
@@ -167,12 +190,10 @@ def _versions(values: Mapping[str, str]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_shown(value)}" for key, value in values.items())
+    return ", ".join(f"{key} {_shown(values[key])}" for key in _PUBLIC if key in values)
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ExportError, OutputError
@@ -131,9 +131,10 @@ def export_merged(
     policy = release()
     causal = causal_lm(policy)
     source = str(causal.config._name_or_path)
-    config = _plain_config(causal, source, revision)
+    check_source(source, revision, base)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     dtype = dtype or _stored_dtype(config)
-    original = _checkpoint_lookup(source, revision, config) if base == "original" else None
+    original = _checkpoint_lookup(source, revision) if base == "original" else None
     with new_folder(to, overwrite=overwrite) as work:
         _check_disk(causal, dtype, work)
         _write_weights(merged_tensors(policy, original), dtype, work)
@@ -166,6 +167,11 @@ def _write_weights(tensors: Iterator[Merged], dtype: torch.dtype, folder: Path) 
     weight_map: dict[str, int] = {}
     for tensor in tqdm(tensors, desc="merging", unit=" tensors", disable=None):
         value = tensor.value.to(dtype) if tensor.value.is_floating_point() else tensor.value
+        if tensor.adapted and not torch.isfinite(value).all():
+            raise ExportError(
+                f"{tensor.name}: the merged weight is too large for {dtype}; nothing was kept. Choose "
+                "--dtype bfloat16 or float32."
+            )
         value = value.cpu().contiguous()
         if shard and size + value.nbytes > SHARD_BYTES:
             names.append(_flush(shard, folder, len(names)))
@@ -264,13 +270,25 @@ def _rendered(tokenizer: Any, chat: list[dict[str, str]], arguments: Any) -> Any
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _plain_config(causal: Any, source: str, revision: str | None) -> Any:
-    if getattr(causal.config, "auto_map", None):
+def check_source(source: str, revision: str | None, base: str) -> None:
+    """Refuse a base that could not be merged into, by what its config says.
+
+    Args:
+        source: the base, a folder or a hub id.
+        revision: of it on the hub.
+        base: ``trained`` or ``original``.
+
+    Raises:
+        ExportError: a model with code of its own, or quantised weights where the original are asked for.
+    """
+    settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    if settings.get("auto_map"):
         raise ExportError(
             f"{source}: a model with code of its own; plain transformers could not load a merge of it. "
             "Export the adapter alone."
         )
-    return AutoConfig.from_pretrained(source, revision=revision)
+    if base == "original" and settings.get("quantization_config"):
+        raise ExportError(f"{source}: the checkpoint itself is quantised; use base='trained'.")
 
 
 def _behaviour_and_noise(policy: nn.Module, sequences: Sequence[Any]) -> tuple[Behaviour, float]:
@@ -303,10 +321,8 @@ def _smoke(
         policy.train(was_training)
 
 
-def _checkpoint_lookup(source: str, revision: str | None, config: Any) -> Callable[[str], Tensor]:
+def _checkpoint_lookup(source: str, revision: str | None) -> Callable[[str], Tensor]:
     """Return a function that reads one tensor of the original checkpoint by its name."""
-    if getattr(config, "quantization_config", None):
-        raise ExportError(f"{source}: the checkpoint itself is quantised; use base='trained'.")
     from transformers.utils.hub import cached_file
 
     index = cached_file(

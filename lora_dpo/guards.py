@@ -10,6 +10,7 @@ from typing import Any
 from lora_dpo.config import Config
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.policy import adapter_folder
+from lora_dpo.smoking import SMOKE_FILE
 from lora_dpo.store import fingerprint
 
 # Settings that may differ between a checkpoint and the run that resumes from it.
@@ -26,6 +27,9 @@ _FREE_KEYS = {
 }
 
 
+# A file that `export` alone writes. An adapter's config is no sign of one: every run has its own.
+_OF_AN_EXPORT = ("export_proof.json", SMOKE_FILE)
+
 # What a run has written before its first step: a start that failed there can simply be repeated.
 _BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "lengths.json", "plan.json", "reference"}
 
@@ -37,15 +41,17 @@ def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target}: is, holds or lies inside the run {run}; choose another.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    ours = target.is_dir() and any(
-        (target / name).is_file() for name in ("export_proof.json", "adapter_config.json")
-    )
     if not overwrite:
         raise OutputError(
             f"{target}: exists already and is not empty; choose another, or overwrite it."
         )
-    if not ours:
+    if not is_export(target):
         raise OutputError(f"{target}: holds something else than an export; it is not overwritten.")
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is one that ``export`` wrote."""
+    return any((folder / name).is_file() for name in _OF_AN_EXPORT)
 
 
 def check_context(config: Config, base: Any) -> None:

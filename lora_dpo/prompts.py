@@ -36,7 +36,7 @@ def read_prompts(run: Run, source: Any = None, *, limit: int | None = None) -> l
         raise DataError(f"prompts: {source}: holds none; give at least one.")
     if limit is not None and limit < 1:
         raise DataError(f"prompts: limit is {limit}; expected at least 1.")
-    return as_trained(unique[:limit], chat=bool(run.results.get("chat")))
+    return as_trained(unique[:limit], chat=run.is_chat)
 
 
 def check_room(prompts: Sequence[Sequence[int]], context: int, wanted: int) -> None:

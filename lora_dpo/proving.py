@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import weakref
@@ -193,6 +194,11 @@ def prove(
     greedy = sum(a == b for a, b in pairs) / max(len(pairs), 1)
     figures = (before.nll, after.nll)
     proof = Proof(len(before.logits), kl, noise, gate, float(same), greedy, *figures)
+    if not (math.isfinite(kl) and math.isfinite(after.nll)):
+        raise ExportError(
+            f"the merged model gives values that are not finite: {proof}. Nothing was kept. Files with "
+            "a wider range may pass (--dtype bfloat16 or float32)."
+        )
     if gate is not None and not kl <= gate:
         raise ExportError(
             f"the merged model is not the policy: {proof}. Nothing was kept. Files that round less may "

@@ -231,7 +231,7 @@ def generate(
     return generate_side_by_side(
         run.load_policy(checkpoint),
         run.tokenizer(),
-        as_trained(prompts, chat=bool(run.results.get("chat"))),
+        as_trained(prompts, chat=run.is_chat),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

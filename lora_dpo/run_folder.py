@@ -89,6 +89,13 @@ class Run:
         bound, labels = bound_objective(self.config), self.results.get("labels")
         return bound.balanced(*labels) if labels else bound
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the run trains on chats; of one that did not end, the rows that it reads tell."""
+        if "chat" in self.results:
+            return bool(self.results["chat"])
+        return prepare_data(self.config, self.tokenizer(), self.objective.data).is_chat
+
     def objective_states(self, checkpoint: str = "final") -> dict[str, Any]:
         """Return what the objective remembered; empty for most."""
         if checkpoint == "final":

@@ -127,7 +127,10 @@ def difference(expected: Sequence[Mapping[str, Any]], found: Mapping[Any, float]
         if number and token["logprob"] < LIKELY:
             break
         key = token["id"] if token["id"] in found else token["token"]
-        worst = max(worst, abs(token["logprob"] - found.get(key, floor)))
+        apart = abs(token["logprob"] - found.get(key, floor))
+        if not math.isfinite(apart):
+            return math.inf  # max(0.0, nan) is 0.0
+        worst = max(worst, apart)
     return worst
 
 

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lora_dpo.cli import app
+from lora_dpo.cli.asking import Wishes, completed
 from lora_dpo.config import Config
 from lora_dpo.config.comments import COMMENTS
 from lora_dpo.drafting import Draft, commented, init_config
@@ -186,6 +187,21 @@ def test_on_a_terminal_it_asks_for_what_was_not_given(tmp_path: Path) -> None:
     assert "model='some/model', data='a.jsonl', objective='ipo', held_out=None, gpu='2GiB'" in shown
     assert "Card" not in shown  # it was given
     assert str(tmp_path / "asked.yaml") in shown.splitlines()[-1]
+
+
+def test_with_json_nothing_is_asked_on_a_terminal_and_the_output_is_json_alone(
+    quickstart_model: Path, tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "lora_dpo", "init", "--json"]
+    given = ["--model", str(quickstart_model), "--data", str(DATA / "heldout.jsonl")]
+    given += ["--gpu", "2GiB", "--to", str(tmp_path / "new.yaml")]
+    done = subprocess.run([*words, *given], stdin=theirs, capture_output=True, check=True)
+    os.close(ours)
+    os.close(theirs)
+    assert json.loads(done.stdout)["text"] == (tmp_path / "new.yaml").read_text()
+    with pytest.raises(ConfigError, match="nothing is asked with --json"):
+        completed(Wishes(None, None), overwrite=False, asks=False)
 
 
 def _typed(terminal: int, answers: dict[str, str]) -> str:

@@ -161,6 +161,26 @@ def test_a_merge_that_is_not_the_policy_fails_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_are_too_large_for_their_files_or_no_numbers_are_never_kept(
+    tiny_model: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = _moved(tiny_model)
+    layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data.fill_(1e6)
+    with pytest.raises(ExportError, match=r"q_proj.*too large for torch\.float16"):
+        _export(policy, tokenizer, tmp_path / "merged", dtype=torch.float16)
+
+    def spoilt(policy: Any, original: Any = None) -> Iterator[Merged]:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+        plain["model.norm.weight"][0] = float("nan")
+        return (Merged(name, value, adapted=False) for name, value in plain.items())
+
+    monkeypatch.setattr(exporting, "merged_tensors", spoilt)
+    with pytest.raises(ExportError, match="not finite"):  # without a gate too
+        _export(_moved(tiny_model), tokenizer, tmp_path / "merged", base="original")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_weight_that_nobody_merged_is_an_error(tiny_model: Path) -> None:
     policy = _moved(tiny_model)
     layer = policy.get_base_model().model.layers[0].self_attn

@@ -128,6 +128,28 @@ def test_what_a_converter_wrote_is_read_again_and_a_wrong_file_is_not_kept(
     assert not list(folder.glob(".gguf-*"))
 
 
+def test_the_token_that_ends_an_answer_in_the_template_is_in_the_file_or_the_file_is_not_kept(
+    folder: Path, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = "('<|user|>' if other else eos_token)"
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", end)
+    tokenizer.save_pretrained(folder)
+    other = {"template_arguments": {"other": True}}
+    found = write_gguf(folder, "f16", **other)
+    field = gguf.GGUFReader(folder / found.file).get_field("tokenizer.ggml.eot_token_id")
+    assert field.contents() == tokenizer.convert_tokens_to_ids("<|user|>")
+    (folder / found.file).unlink()
+
+    write_gguf(folder, "f16")
+    checkout = _checkout(tmp_path, (folder / "model-f16.gguf").rename(tmp_path / "made.gguf"))
+    write_gguf(folder, "f16", llama_cpp=checkout)
+    (folder / "model-f16.gguf").unlink()
+    with pytest.raises(ExportError, match="an end token did not come through"):
+        write_gguf(folder, "f16", llama_cpp=checkout, **other)
+
+
 def test_a_quantiser_makes_the_kinds_that_the_converter_does_not(
     folder: Path, tmp_path: Path
 ) -> None:

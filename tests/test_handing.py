@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from lora_dpo import exporting, train
+from lora_dpo.card import model_card
 from lora_dpo.cli import app
 from lora_dpo.config import Config
 from lora_dpo.errors import ConfigError, ExportError, OutputError
 from lora_dpo.exporting import export_merged
-from lora_dpo.handing import export, smoke
+from lora_dpo.handing import export, push, smoke
 from lora_dpo.handing.reloading import reload_in_a_fresh_process
 from lora_dpo.policy import load_policy
 from lora_dpo.run_folder import Run
 from lora_dpo.smoking import SMOKE_FILE, greedy_answer
+from tests.conftest import ROOT
+from tests.fake_hub import fake_hub
 from tests.helpers import move_adapter
 
 HELD_OUT = Path(__file__).parents[1] / "lora_dpo" / "quickstart" / "data" / "heldout.jsonl"
@@ -46,7 +53,7 @@ def run(quickstart_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 @pytest.fixture(scope="module")
 def merged(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    to = tmp_path_factory.mktemp("out") / "merged"
+    to = tmp_path_factory.mktemp("out") / "new" / "merged"
     return export(run, to, merge=True, gguf="q8_0", measure_both=True)
 
 
@@ -236,3 +243,92 @@ def test_the_commands_have_examples_and_exit_with_one_on_a_mistake(
     ):
         done = runner.invoke(app, words)
         assert done.exit_code == 1, words
+
+
+def test_a_checkpoint_of_a_chat_run_that_did_not_end_is_exported_as_chats_without_final_figures(
+    run: Run, tmp_path: Path
+) -> None:
+    stopped = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    (stopped / "run.json").unlink()
+    shutil.rmtree(stopped / "adapter")
+    assert Run.open(stopped).is_chat is run.is_chat is True
+    newest = max(int(p.name.split("-")[1]) for p in stopped.glob("checkpoint-*"))
+    found = export(stopped, tmp_path / "out", checkpoint=str(newest))
+    assert json.loads((found.folder / SMOKE_FILE).read_text())["chat"] is True
+    line = (stopped / "exports.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["checkpoint"] == found.checkpoint == f"checkpoint-{newest}"
+    # the whole run's checkpoint has figures of the run, which are not its own
+    card = model_card(run.config, run.results, checkpoint=found.checkpoint)
+    assert f"training: step {newest} of {run.results['steps']}, a checkpoint" in card
+    assert "Held-out pairs" not in card
+    assert "Held-out pairs" in model_card(run.config, run.results)
+
+
+def test_the_card_tells_no_setting_that_may_hold_a_path_and_no_reference_where_there_is_none(
+    run: Run,
+) -> None:
+    further = {"run_name": "~/alice", "project": "../secret", "learning_rate": 1e-3, "optim": "sgd"}
+    settings = run.config.to_dict()
+    settings["train"] |= further
+    card = model_card(Config.parse(settings), run.results)
+    assert "learning_rate 0.001" in card and "optim sgd" in card
+    assert "alice" not in card and "secret" not in card
+    bare = {"rewards/chosen": [1.0, 0.9, 1.1], "rewards/accuracies": [0.7, 0.6, 0.8]}
+    card = model_card(run.config, {"held_out": {"mean_low_high": bare}})
+    assert "| rewards/chosen |  | 1 |" in card and "| rewards/accuracies |  | 0.7 |" in card
+
+
+def test_a_runs_own_adapter_is_no_export(run: Run, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run.folder / "adapter", tmp_path / "other" / "adapter"))
+    before = sorted(path.name for path in other.iterdir())
+    with pytest.raises(OutputError, match="holds no export of ours"):
+        push(other, "me/model")
+    with pytest.raises(OutputError, match="holds something else than an export"):
+        export(run, other, overwrite=True)
+    assert sorted(path.name for path in other.iterdir()) == before
+
+
+def test_a_base_that_cannot_be_merged_into_is_told_before_weights_load(
+    run: Run, quickstart_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_dpo.run_folder.Run.load_policy", None)  # nothing may ask for it
+    base = Path(shutil.copytree(quickstart_model, tmp_path / "base"))
+    settings = run.config.to_dict()
+    settings["model"]["base"] = str(base)
+    other = Run(run.folder, Config.parse(settings), run.results)
+    plain = json.loads((base / "config.json").read_text())
+    for change, options, message in (
+        ({"auto_map": {"AutoConfig": "own.Config"}}, {}, "code of its own"),
+        ({"quantization_config": {"load_in_4bit": True}}, {"base": "original"}, "itself is quant"),
+        (
+            {"quantization_config": {"load_in_4bit": True}},
+            {"measure_both": True},
+            "itself is quant",
+        ),
+    ):
+        (base / "config.json").write_text(json.dumps(plain | change))
+        with pytest.raises(ExportError, match=message):
+            export(other, tmp_path / "out", merge=True, **options)
+
+
+def test_a_push_is_in_the_runs_list_and_an_export_whose_push_failed_too(
+    run: Run, tmp_path: Path
+) -> None:
+    calls = "import sys; from lora_dpo.handing import export\n"
+    calls += "export(sys.argv[1], sys.argv[2], push_to='me/adapter')\n"
+    calls += "try: export(sys.argv[1], sys.argv[3], push_to='me/fails')\n"
+    calls += "except Exception as error: print(error)"
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    with fake_hub() as hub:
+        hub.fails_for = "me/fails"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_TOKEN": "hf_ofTheTest", "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-c", calls, str(run.folder), first, second],
+            env=environment, check=True, capture_output=True,
+        )  # fmt: skip
+    lines = [json.loads(x) for x in (run.folder / "exports.jsonl").read_text().splitlines()]
+    pushed = {line["to"]: line["pushed"] for line in lines}
+    assert pushed[first]["repo"] == "me/adapter"
+    assert pushed[second] is None

@@ -277,6 +277,12 @@ def test_values_that_the_library_would_trip_over_later_are_told_at_once(values: 
     assert len(argument_problems(values, set())) == 1
 
 
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub", "hub_model_id", "hub_revision"])
+def test_what_belongs_to_a_push_is_refused_and_a_secret_is_not_said(name: str) -> None:
+    (problem,) = argument_problems({name: "hf_secret"}, set())
+    assert problem.startswith(f"train.{name}: not a setting here;") and "hf_secret" not in problem
+
+
 def test_yaml_spellings_of_no_and_of_nothing_are_understood(values: dict[str, Any]) -> None:
     values["train"] |= {"eval_strategy": False, "save_strategy": False}
     values["lora"] = None

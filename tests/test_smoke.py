@@ -235,6 +235,7 @@ def test_a_token_that_is_not_listed_counts_as_the_least_likely_one_there() -> No
     assert difference(expected, {"a": -0.1, "b": -2.3, "c": -1.0}) == pytest.approx(0.1)
     assert difference(expected, {1: -0.1, 4: -2.9}) == pytest.approx(0.5)
     assert difference(expected, {}) == float("inf")
+    assert difference(expected, {"a": float("nan"), "b": -2.3}) == float("inf")
 
 
 def test_mistakes_are_told_before_anything_is_asked(folder: Path, tmp_path: Path) -> None:

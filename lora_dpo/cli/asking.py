@@ -24,7 +24,7 @@ class Wishes:
     to: Any = None
 
 
-def completed(wishes: Wishes, *, overwrite: bool) -> Wishes:
+def completed(wishes: Wishes, *, overwrite: bool, asks: bool = True) -> Wishes:
     """Return the wishes with model, data and target filled in, by asking where there is a terminal.
 
     Raises:
@@ -32,10 +32,10 @@ def completed(wishes: Wishes, *, overwrite: bool) -> Wishes:
         OutputError: the target is there already.
     """
     missing = [f"--{name}" for name in ("model", "data") if getattr(wishes, name) is None]
-    if missing and not sys.stdin.isatty():
+    if missing and not (asks and sys.stdin.isatty()):
+        why = "there is no terminal to ask on" if asks else "nothing is asked with --json"
         raise ConfigError(
-            f"init: {' and '.join(missing)} missing, and there is no terminal to ask on; give "
-            "--model BASE --data FILE."
+            f"init: {' and '.join(missing)} missing, and {why}; give --model BASE --data FILE."
         )
     if missing:
         wishes = _asked(wishes)

@@ -55,12 +55,13 @@ def init(
 ) -> None:
     """Write a commented config for your model, data and card, fitted by the planner.
 
-    Without --model and --data it asks for what is missing.
+    Without --model and --data it asks for what is missing; with --json it asks nothing.
     """
     with user_errors():
         from lora_dpo.cli.asking import Wishes, completed
 
-        wishes = completed(Wishes(model, data, objective, eval_, gpu, to), overwrite=overwrite)
+        given = Wishes(model, data, objective, eval_, gpu, to)
+        wishes = completed(given, overwrite=overwrite, asks=not json_)
         quiet_libraries(sys.stderr if json_ else None)
         from lora_dpo.drafting import init_config
 
@@ -69,7 +70,11 @@ def init(
             gpu=wishes.gpu, overrides=set_ or [],
         )  # fmt: skip
         show(draft, json_)
-        if not yes and sys.stdin.isatty() and not typer.confirm(f"Write {wishes.to}?", True):
+        if (
+            not (yes or json_)
+            and sys.stdin.isatty()
+            and not typer.confirm(f"Write {wishes.to}?", True)
+        ):
             raise typer.Exit(0)
         written = draft.write(wishes.to, overwrite=overwrite)
         if not json_:

@@ -77,7 +77,7 @@ def _facts(run: Run, checkpoint: str) -> dict[str, Any]:
         **{f"model.{name}": getattr(model, name) for name in _OF_MODEL},
         "the chat template": file_sha256(Path(template)) if template else "the tokenizer's",
         "data.template_arguments": dict(data.template_arguments),
-        "the form of its rows": "chats" if run.results.get("chat") else "texts",
+        "the form of its rows": "chats" if run.is_chat else "texts",
         "the reference": _reference(run, checkpoint),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ from transformers import AutoConfig
 from lora_dpo.card import base_licence, hub_id, model_card, public_name
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import ConfigError, ExportError, OutputError
-from lora_dpo.exporting import export_adapter, export_merged
+from lora_dpo.exporting import check_source, export_adapter, export_merged
 from lora_dpo.guards import check_target
 from lora_dpo.handing.consumers import consumers
 from lora_dpo.handing.exported import Exported
@@ -29,7 +28,7 @@ from lora_dpo.policy import Folded
 from lora_dpo.proving import Proof
 from lora_dpo.run_folder import Run
 from lora_dpo.smoking import SMOKE_FILE
-from lora_dpo.store import read_json, write_text
+from lora_dpo.store import add_lines, read_json, write_text
 
 logger = logging.getLogger("lora_dpo")
 
@@ -90,13 +89,18 @@ def export(
     if merge:
         _check_gguf(order, gguf, llama_cpp)
         other: Base = "original" if base == "trained" else "trained"
+        for which in (base, other) if measure_both else (base,):
+            check_source(run.config.model.base, order.revision, which)
         others: dict[str, Proof] = {other: order.measured(other)} if measure_both else {}
         found = replace(order.merged(base, gguf, llama_cpp), others=others)
     else:
         found = order.adapter()
-    _remember(run.folder, found)
-    if push_to:  # a repository that holds something is not replaced by the way
-        found = replace(found, pushed=push(target, push_to, private=private))
+    found = replace(found, checkpoint=order.step or "final")
+    try:
+        if push_to:  # a repository that holds something is not replaced by the way
+            found = replace(found, pushed=push(target, push_to, private=private))
+    finally:  # the folder is there in any case
+        add_lines(run.folder / "exports.jsonl", [found.to_dict()])
     return found
 
 
@@ -115,9 +119,10 @@ class _Order:
         self.run, self.target, self.checkpoint = run, target, checkpoint
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.overwrite, self.base_id = overwrite, base_id
+        self.step = None if checkpoint == "final" else run.adapter_folder(checkpoint).name
         self.tokenizer = run.tokenizer()
         self.revision = run.config.model.revision
-        self.chat = bool(run.results.get("chat")) and bool(self.tokenizer.chat_template)
+        self.chat = run.is_chat and bool(self.tokenizer.chat_template)
         self.licence = base_licence(run.config.model.base, self.revision)
 
     def adapter(self) -> Exported:
@@ -161,7 +166,7 @@ class _Order:
 
         def beside(work: Path, proof: Proof) -> None:
             if gguf:
-                made.append(write_gguf(work, gguf, llama_cpp=llama_cpp))
+                made.append(self._gguf(work, gguf, llama_cpp))
             file = made[0].file if made else None
             write_text(work / "SERVE.md", serve_merged(chat=self.chat, gguf=file))
             self._write_modelfile(work, source=f"./{file}" if file else ".")
@@ -176,6 +181,7 @@ class _Order:
 
     def measured(self, base: Base) -> Proof:
         """Merge into the other base weights, for the figures alone."""
+        self.target.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=self.target.absolute().parent, prefix=f".{self.target.name}.measured-"
         ) as work:
@@ -201,8 +207,17 @@ class _Order:
 
     def _card(self, **facts: Any) -> str:
         return model_card(
-            self.run.config, self.run.results, base_id=self.base_id, licence=self.licence, **facts
+            self.run.config,
+            self.run.results,
+            base_id=self.base_id,
+            licence=self.licence,
+            checkpoint=self.step,
+            **facts,
         )
+
+    def _gguf(self, work: Path, kind: str, llama_cpp: str | Path | None) -> Gguf:
+        arguments = self.run.config.data.template_arguments
+        return write_gguf(work, kind, llama_cpp=llama_cpp, template_arguments=arguments)
 
     def _write_modelfile(self, work: Path, *, source: str, adapter: bool = False) -> None:
         text = modelfile(
@@ -237,12 +252,6 @@ def _check_hub(base_id: str | None, push_to: str | None, private: bool) -> None:
         raise OutputError(
             "push: no token for the hub; set HF_TOKEN, or log in with 'hf auth login'. Nothing was done."
         )
-
-
-def _remember(run: Path, found: Exported) -> None:
-    """Add a line to the run's list of exports, which reports read."""
-    with (run / "exports.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(found.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _proof_sequences(rows: Tokenised) -> list[tuple[list[int], list[int]]]:

@@ -39,6 +39,7 @@ class Exported(Displayed):
         reloaded: what a fresh process found when it loaded merged weights, in a sentence.
         gguf: the GGUF file, if one was asked for.
         pushed: where on the hub it is, if it was asked for.
+        checkpoint: ``final``, or the folder of the checkpoint in the run.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Exported(Displayed):
     reloaded: str = ""
     gguf: Gguf | None = None
     pushed: Pushed | None = None
+    checkpoint: str = "final"
 
     template: ClassVar[str] = "exported"
 
@@ -100,6 +102,7 @@ class Exported(Displayed):
             "to": str(self.folder),
             "kind": self.kind,
             "base": self.base,
+            "checkpoint": self.checkpoint,
             "dtype": self.dtype,
             "proof": self.proof.to_dict() if self.proof else None,
             "adapter": vars(self.adapter) if self.adapter else None,

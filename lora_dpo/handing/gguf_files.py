@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from lora_dpo.ends import stop_tokens
+from lora_dpo.ends import end_of_turn, stop_tokens
 from lora_dpo.errors import ConfigError, ExportError, OutputError
 from lora_dpo.handing.gguf_writing import (
     ARCHITECTURES,
@@ -83,7 +84,11 @@ def check_gguf(kind: str, llama_cpp: str | Path | None, config: Any, tokenizer: 
 
 
 def write_gguf(
-    folder: str | Path, kind: str = "q8_0", *, llama_cpp: str | Path | None = None
+    folder: str | Path,
+    kind: str = "q8_0",
+    *,
+    llama_cpp: str | Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Gguf:
     """Write a GGUF file beside merged weights, read it again, and compare.
 
@@ -93,6 +98,7 @@ def write_gguf(
             quantiser knows, as ``q4_k_m``.
         llama_cpp: a checkout of llama.cpp, built for kinds that need its quantiser. Without one the
             ``gguf`` package writes the architectures that are certain: Llama, Mistral, Qwen 2 and 3.
+        template_arguments: variables for the chat template, as training had them.
 
     Raises:
         ConfigError: a kind or a checkout that cannot do this.
@@ -110,11 +116,12 @@ def write_gguf(
     with tempfile.TemporaryDirectory(dir=path, prefix=".gguf-") as work:
         made = Path(work) / target.name
         if llama_cpp is None:
-            write_by_package(path, made, kind)
+            write_by_package(path, made, kind, template_arguments)
         else:
             _write_by_llama_cpp(path, made, kind, Path(llama_cpp))
         by = "the gguf package" if llama_cpp is None else "llama.cpp"
-        found = _read_again(path, made, kind, by, config, tokenizer)
+        end = end_of_turn(tokenizer, template_arguments)
+        found = _read_again(path, made, kind, by, config, tokenizer, end)
         made.rename(target)
     return found
 
@@ -152,7 +159,9 @@ def _run(command: list[str]) -> None:
         raise ExportError(f"{Path(command[1]).name}: ended with {done.returncode}: {said}")
 
 
-def _read_again(folder: Path, file: Path, kind: str, by: str, config: Any, tokenizer: Any) -> Gguf:
+def _read_again(
+    folder: Path, file: Path, kind: str, by: str, config: Any, tokenizer: Any, end: int | None
+) -> Gguf:
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(file)
@@ -160,7 +169,7 @@ def _read_again(folder: Path, file: Path, kind: str, by: str, config: Any, token
         raise ExportError(
             f"{file.name}: cannot be read again ({error}); nothing was kept."
         ) from None
-    _check_metadata(reader, folder, file.name, tokenizer)
+    _check_metadata(reader, folder, file.name, tokenizer, end)
     known = config.model_type in ARCHITECTURES
     try:
         check_convertible(config, tokenizer)
@@ -198,12 +207,15 @@ def _error(gguf: Any, tensor: Any, value: torch.Tensor, file: str) -> float:
     return error
 
 
-def _check_metadata(reader: Any, folder: Path, file: str, tokenizer: Any) -> None:
+def _check_metadata(reader: Any, folder: Path, file: str, tokenizer: Any, end: int | None) -> None:
     def read(key: str) -> Any:
         field = reader.get_field(key)
         return None if field is None else field.contents()
 
-    stops = stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+    # what ends an answer in the template must be there; without one, any that the model stops on
+    stops = (
+        stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer) if end is None else [end]
+    )
     ends = {read("tokenizer.ggml.eos_token_id"), read("tokenizer.ggml.eot_token_id")}
     tokens = read("tokenizer.ggml.tokens") or []
     vocabulary = tokenizer.get_vocab()

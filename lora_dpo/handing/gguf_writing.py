@@ -65,13 +65,16 @@ def check_convertible(config: Any, tokenizer: Any) -> None:
     _cut(tokenizer)
 
 
-def write_by_package(folder: Path, target: Path, kind: str) -> None:
+def write_by_package(
+    folder: Path, target: Path, kind: str, template_arguments: Mapping[str, Any] | None = None
+) -> None:
     """Write a GGUF file from a folder of merged weights.
 
     Args:
         folder: with config, tokenizer and safetensors.
         target: the file.
         kind: one of ``PACKAGE_KINDS``; of all matrices whose rows it can hold.
+        template_arguments: variables for the chat template, as training had them.
     """
     gguf = gguf_package()
     config = AutoConfig.from_pretrained(folder)
@@ -81,7 +84,8 @@ def write_by_package(folder: Path, target: Path, kind: str) -> None:
     writer = gguf.GGUFWriter(target, architecture, use_temp_file=True)
     _write_settings(writer, config, architecture)
     writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
-    _write_tokenizer(writer, gguf, tokenizer, config)
+    end = end_of_turn(tokenizer, template_arguments)
+    _write_tokenizer(writer, gguf, tokenizer, config, end)
     for name, value in expected_tensors(folder, config):
         data = value.float().numpy()
         stored = storage(gguf, kind, name, data.shape)
@@ -218,7 +222,7 @@ def _cut(tokenizer: Any) -> str:
     )
 
 
-def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Any, config: Any) -> None:
+def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Any, config: Any, end: int | None) -> None:
     core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     texts = {i: text for text, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -241,7 +245,7 @@ def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Any, config: Any) -> Non
     for name, value in {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "eot": end_of_turn(tokenizer),
+        "eot": end,
         "pad": tokenizer.pad_token_id,
         "unk": tokenizer.unk_token_id,
     }.items():

@@ -18,9 +18,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_dpo.errors import ConfigError, OutputError
+from lora_dpo.guards import is_export
 from lora_dpo.store import file_sha256
 
-_OURS = ("export_proof.json", "adapter_config.json")
 _HIDDEN = (".*", "**/.*")
 
 
@@ -79,7 +79,7 @@ def push(
     """
     path = Path(folder)
     check_repo_id(repo_id)
-    if not any((path / name).is_file() for name in _OURS):
+    if not is_export(path):
         raise OutputError(f"{path}: holds no export of ours; give the folder that 'export' wrote.")
     api, sending = HfApi(), False
     try:

@@ -6,20 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lora_dpo.before_and_after import at_the_reference
 from lora_dpo.reporting.curves import HELD_OUT
 from lora_dpo.reporting.reading import Recorded, is_number
 from lora_dpo.reporting.tables import Cell, Table, cell, flat, interval, setting, size, table
 
 Part = TypeVar("Part")
 MOST_ANSWERS = 40  # of a comparison
-# A tie in every pair, and no reward at all: what a policy that is its reference has by definition.
-AT_THE_REFERENCE = {
-    "rewards/accuracies": 0.5,
-    **dict.fromkeys(("rewards/chosen", "rewards/rejected", "rewards/margins"), 0.0),
-    **dict.fromkeys(("logratios/chosen", "logratios/rejected"), 0.0),
-}
-# Objectives whose rewards are not 0 at the reference: scores of the data are part of them.
-WITH_SCORES = {"modpo", "mixture"}
 
 
 @dataclass(frozen=True)
@@ -110,24 +103,17 @@ def held_out(run: Recorded) -> dict[str, tuple[Cell, Cell]]:
         return {}
     metrics: Mapping[str, Any] = found["mean_low_high"]
     start = next((x for x in run.history if x["step"] == 0 and f"{HELD_OUT}loss" in x), None)
+    objective, moves = run.objective_name, run.reference_moves
     rows = {}
     for name, values in metrics.items():
         mean, low, high = values
-        before = start.get(f"{HELD_OUT}{name}") if start else _at_reference(run, name, metrics)
+        before = (
+            start.get(f"{HELD_OUT}{name}")
+            if start
+            else at_the_reference(name, metrics, objective=objective, moves=moves)
+        )
         rows[name] = (cell(before), interval(mean, low, high))
     return rows
-
-
-def _at_reference(run: Recorded, name: str, metrics: Mapping[str, Any]) -> float | None:
-    """Return a metric's value where policy and reference are one; None where no file tells it."""
-    if "logratios/chosen" not in metrics:
-        return None
-    kind, _, side = name.partition("/")
-    if kind == "logratios" or (kind == "rewards" and run.objective_name not in WITH_SCORES):
-        return AT_THE_REFERENCE.get(name)
-    if kind == "logps" and f"logratios/{side}" in metrics and not run.reference_moves:
-        return float(metrics[name][0] - metrics[f"logratios/{side}"][0])
-    return float(metrics[name][0]) if kind == "lengths" else None
 
 
 def held_out_table(parts: Mapping[str, Mapping[str, tuple[Cell, Cell]]]) -> Table:

@@ -237,7 +237,7 @@ def _module_of_file(path: Path) -> Any:
 
 def _rewards(run: Run) -> Rate:
     policy, tokenizer = run.load_policy(), run.tokenizer()
-    chat = bool(run.results.get("chat"))
+    chat = run.is_chat
 
     def rate(groups: Sequence[Group]) -> list[list[float | None]]:
         rows = [

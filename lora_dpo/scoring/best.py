@@ -156,7 +156,7 @@ def best_of(
         run = policy if isinstance(policy, Run) else Run.open(policy)
         objective, tokenizer = run.objective, run.tokenizer()
         template_arguments = run.config.data.template_arguments
-        prompts = as_trained(prompts, chat=bool(run.results.get("chat")))
+        prompts = as_trained(prompts, chat=run.is_chat)
         asked = [encode_prompt(tokenizer, prompt, template_arguments) for prompt in prompts]
         check_room(asked, context_of(check_base(run.config.model)), max_new_tokens)
         policy = cast(nn.Module, run.load_policy(checkpoint))

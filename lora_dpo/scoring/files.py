@@ -152,7 +152,7 @@ def score_run(
     run = run if isinstance(run, Run) else Run.open(run)
     raws = _raw_rows(data)
     rows = _read(run, data, raws)
-    if run.results.get("chat") and not rows.rows[0].is_chat and "transcript" not in rows.shape:
+    if run.is_chat and not rows.rows[0].is_chat and "transcript" not in rows.shape:
         rows = replace(rows, rows=tuple(map(_as_chat, rows.rows)))  # type: ignore[arg-type]
         logger.info("the run was trained on chats: each text prompt is read as the user's turn")
     tokens = tokenise_rows(rows, run.config, run.tokenizer())
