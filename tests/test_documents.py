@@ -91,7 +91,7 @@ def test_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = blocks[0].replace("runs/readme", str(tmp_path / "readme"))
     names: dict[str, Any] = {}
     exec(first, names)
-    assert names["proof"].kl < 1e-4
+    assert names["exported"].proof.kl < 1e-4
     exec(blocks[1], {})
 
 
