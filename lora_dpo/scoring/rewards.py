@@ -237,7 +237,7 @@ def implicit_rewards(objective: BoundObjective, found: Scored) -> Array:
         torch.from_numpy(np.ascontiguousarray(values))
         for values in (found.policy, found.fixed, found.lengths)
     )
-    if objective.data == "unpaired":
+    if objective.data != "paired":
         there = {"reference_logps": fixed} if objective.reference else {}
         labels = torch.ones(len(lengths), dtype=torch.bool)
         single = LabelledStats(policy_logps=ours, lengths=lengths, labels=labels, **there)
