@@ -94,7 +94,10 @@ class Run:
         """Whether the run trains on chats; of one that did not end, the rows that it reads tell."""
         if "chat" in self.results:
             return bool(self.results["chat"])
-        return prepare_data(self.config, self.tokenizer(), self.objective.data).is_chat
+        try:
+            return prepare_data(self.config, self.tokenizer(), self.objective.data).is_chat
+        except DataError:  # a base alone, or data that are gone: texts stay texts
+            return False
 
     def objective_states(self, checkpoint: str = "final") -> dict[str, Any]:
         """Return what the objective remembered; empty for most."""
