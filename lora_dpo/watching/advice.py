@@ -138,6 +138,15 @@ class AdviceCallback(TrainerCallback):
         before = lines_until(self.path, state.global_step) if self.path is not None else []
         self.advisor = Advisor(note["kind"] for note in before)
         self.advisor.recall(state.log_history)
+        warmup = args.get_warmup_steps(state.max_steps)
+        if warmup >= state.max_steps:
+            self.tell(
+                state.global_step,
+                "warm-up without end",
+                f"all {state.max_steps} steps of the run are warm-up, which begins at a learning rate "
+                f"of 0, so train.learning_rate ({args.learning_rate:g}) is never reached; try: "
+                "train.warmup_steps: 0, or more steps",
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
