@@ -27,9 +27,6 @@ version = release = lora_dpo.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "_make", "tables", "reward_kl_frontier.md", "**.ipynb_checkpoints"]
 
-# The list of the how-tos names steps in the order of the journey, whether their page is written or not.
-suppress_warnings = ["toc.not_readable"]
-
 html_theme = "furo"
 html_title = "lora_dpo"
 html_static_path = ["_static"]

@@ -165,9 +165,10 @@ def build_arguments(
     known = _field_types()
     values = {key: _converted(value, known[key]) for key, value in values.items()}
     merged = {**DEFAULTS, "eval_strategy": strategy, **values}
-    if not evaluates and str(merged["eval_strategy"]) != "no":
+    strategy = merged["eval_strategy"]
+    if not evaluates and strategy != "no":
         raise ConfigError(
-            f"train.eval_strategy: got {merged['eval_strategy']!r}, but there are no held-out rows; "
+            f"train.eval_strategy: got '{getattr(strategy, 'value', strategy)}', but there are no held-out rows; "
             "set data.eval or data.eval_fraction."
         )
     if evaluates and merged["eval_strategy"] != "no":

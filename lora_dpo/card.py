@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lora_dpo import objectives
 from lora_dpo.before_and_after import at_the_reference
 from lora_dpo.config import Config
 
@@ -65,9 +66,11 @@ def model_card(
             held-out figures are told only then.
     """
     base = base_id or public_name(config.model.base)
+    single = objectives.build(config.objective.to_dict()).data == "demonstrations"
+    taught = "demonstrations" if single else "preferences"
     parts = [
         f"---\n{yaml.safe_dump(_header(config, proof, base_id, licence), sort_keys=False)}---",
-        f"# {Path(base).name}, tuned on preferences with {config.objective.name}",
+        f"# {Path(base).name}, tuned on {taught} with {config.objective.name}",
         _facts(config, results, base, checkpoint),
         _metrics(config, results) if checkpoint is None else "",
     ]

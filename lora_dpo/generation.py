@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
+from lora_dpo.data.vocabulary import one_bos, without_bos
 from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ModelError
 from lora_dpo.heads import causal_lm, compute_context, home_device
@@ -99,7 +100,7 @@ def complete(
                 part = prompts[start : start + batch_size]
                 rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
                 made = _generate(model, rows, stops, max_new_tokens, temperature)
-                texts += tokenizer.batch_decode(made, skip_special_tokens=True)
+                texts += _texts(tokenizer, part, rows, made.tolist(), stops)
     finally:
         model.train(was_training)
     return texts
@@ -148,8 +149,8 @@ def draw(
             rows = [encode_prompt(tokenizer, p, template_arguments) for p in part]
             noise = _OwnNoise(seeds[start : start + batch_size], temperature, home_device(model))
             out = _generate(model, rows, stops, max_new_tokens, 0.0, noise)
-            for prompt, row, ids in zip(part, rows, out.tolist(), strict=True):
-                text = _behind(tokenizer, row if isinstance(prompt, str) else [], ids, stops.ends)
+            texts = _texts(tokenizer, part, rows, out.tolist(), stops)
+            for text, ids in zip(texts, out.tolist(), strict=True):
                 found.append(Drawn(text, bool(stops.ends.intersection(ids))))
     finally:
         model.train(was_training)
@@ -170,6 +171,19 @@ class _OwnNoise(LogitsProcessor):
         # -log of an exponential draw is a Gumbel draw; 0 would be one in 2**24, and infinite
         noise = noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
         return scores.float() / self.temperature + noise
+
+
+def _texts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rows: Sequence[list[int]],
+    made: Sequence[list[int]],
+    stops: _Stops,
+) -> list[str]:
+    return [
+        _behind(tokenizer, row if isinstance(prompt, str) else [], ids, stops.ends)
+        for prompt, row, ids in zip(prompts, rows, made, strict=True)
+    ]
 
 
 def _behind(tokenizer: Any, prompt: list[int], ids: list[int], ends: set[int]) -> str:
@@ -262,12 +276,13 @@ def encode_prompt(
             **(template_arguments or {}),
         )
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-    ids = list(
-        tokenizer(prompt, split_special_tokens=True)["input_ids"]
-    )  # a text is no control token
+        return one_bos(tokenizer, ids)[0]
+    text, opened = without_bos(tokenizer, prompt)
+    ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])  # text: no control tokens
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
+    if opened and tokenizer.bos_token_id not in ids[:1]:
+        ids.insert(0, tokenizer.bos_token_id)
     return ids
 
 

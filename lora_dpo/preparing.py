@@ -117,7 +117,6 @@ def tokenise_rows(rows: Preferences, config: Config, tokenizer: Any) -> Tokenise
         overflow=data.overflow,
         stop_ids=stop_ids(config),
         template_arguments=data.template_arguments,
-        add_bos=data.add_bos,
         cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache(),
     )
 

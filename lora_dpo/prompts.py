@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lora_dpo.errors import DataError
 from lora_dpo.generation import Prompt, as_trained
 from lora_dpo.preparing import load_rows
 from lora_dpo.run_folder import Run
+
+logger = logging.getLogger("lora_dpo")
 
 _ANSWERS = {"chosen", "rejected", "completion", "completions", "responses", "answers", "output"}
 
@@ -32,6 +35,8 @@ def read_prompts(run: Run, source: Any = None, *, limit: int | None = None) -> l
     """
     found = _held_out(run) if source is None else _given(run, source)
     unique = list({json.dumps(p, sort_keys=True, default=str): p for p in found}.values())
+    if again := len(found) - len(unique):
+        logger.info("prompts: %d of %d are repetitions; each is asked once", again, len(found))
     if not unique:
         raise DataError(f"prompts: {source}: holds none; give at least one.")
     if limit is not None and limit < 1:

@@ -59,7 +59,9 @@ def test_a_sample_ends_at_the_end_of_the_templates_turn(policy: Any, tokenizer: 
     tokenizer.chat_template = CHATML
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn < 320  # within the model's vocabulary
-    assert turn in end_ids(policy, tokenizer) and tokenizer.eos_token_id in end_ids(policy, tokenizer)
+    assert turn in end_ids(policy, tokenizer) and tokenizer.eos_token_id in end_ids(
+        policy, tokenizer
+    )
     rows = [tokenizer(str(i))["input_ids"] for i in range(64)]
     made = sample_ids(policy, tokenizer, rows, max_new_tokens=64, seed=0, batch_size=64)
     ended = [ids for ids in made if turn in ids]

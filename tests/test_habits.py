@@ -69,7 +69,9 @@ def test_every_public_name_is_documented_and_typed(name: str) -> None:
     assert (inspect.getdoc(thing) or "").strip().endswith((".", ":", "`", ")", "]", "```")), name
     if inspect.isfunction(thing):
         signature = inspect.signature(thing)
-        given = [p.annotation for p in signature.parameters.values()] + [signature.return_annotation]
+        given = [p.annotation for p in signature.parameters.values()] + [
+            signature.return_annotation
+        ]
         assert inspect.Signature.empty not in given, name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def sample_answers(
     max_new_tokens: int = 128,
     seed: int = 0,
     batch_size: int = 16,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Return ``samples`` answers a tokenised prompt at temperature 1.
 
@@ -51,6 +52,7 @@ def sample_answers(
         max_new_tokens: longest answer.
         seed: of the random numbers.
         batch_size: answers at a time.
+        template_arguments: variables for the chat template, as training had them.
     """
     rows = [prompt for prompt in prompts for _ in range(samples)]
     made: list[list[int]] = []
@@ -63,8 +65,9 @@ def sample_answers(
             max_new_tokens=max_new_tokens,
             seed=seed + start,
             batch_size=batch_size,
+            template_arguments=template_arguments,
         )
-    ends = end_ids(policy, tokenizer)
+    ends = end_ids(policy, tokenizer, template_arguments)
     return Sampled(
         ids=tuple(map(tuple, made)),
         texts=tuple(tokenizer.batch_decode(made, skip_special_tokens=True)),

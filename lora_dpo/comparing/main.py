@@ -164,6 +164,7 @@ class _Work:
                 max_new_tokens=settings.max_new_tokens,
                 seed=settings.seed,
                 batch_size=settings.batch_size,
+                template_arguments=self.runs[0].config.data.template_arguments,
             )
 
     def _scores(self, run: Run, answers: Sampled) -> Scores:

@@ -95,7 +95,6 @@ class DataConfig(Section):
     transcripts: Literal["text", "messages"] = "text"
     chat_template: str | None = None
     template_arguments: dict[str, Any] = {}
-    add_bos: Literal["auto", "always", "never"] = "auto"
     max_length: int = Field(1024, ge=2)
     overflow: Literal["drop", "truncate-prompt", "truncate-completion", "error"] = "drop"
     identical: Literal["drop", "error"] = "drop"

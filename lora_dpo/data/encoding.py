@@ -9,7 +9,7 @@ from lora_dpo.data.problems import BadRow, Problems
 from lora_dpo.data.records import Labelled, Origin, Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.data.templates import Renderer, answers_of
-from lora_dpo.data.vocabulary import Vocabulary
+from lora_dpo.data.vocabulary import Vocabulary, one_bos
 
 MERGE = "repaired: boundary merge: prompt and answer tokenised apart"
 NO_BOUNDARY = "dropped: no token boundary between prompt and answer"
@@ -86,13 +86,11 @@ class Encoder:
         parts = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
         prompt, doubled = self.vocabulary.without_bos(str(row.prompt))
         opening = self.vocabulary.opening
-        if doubled and self.vocabulary.add_bos != "never":
+        if doubled:
             if opening or doubled > 1:
                 self.report.add(DOUBLE_BOS, row.origin, str(row.prompt))
             bos = self.vocabulary.bos
             opening = opening if bos in opening else (int(bos or 0), *opening)
-        elif doubled:
-            self.report.add("repaired: BOS text removed (add_bos: never)", row.origin)
         stripped = [self.vocabulary.without_eos(str(part)) for part in parts]
         if any(count for _, count in stripped):
             self.report.add(EOS_TEXT, row.origin, str(parts[0])[-40:])
@@ -219,19 +217,10 @@ class Encoder:
         return Encoded(row.row, prompt, tuple(finished))
 
     def _one_bos(self, row: Prepared, prompt: list[int]) -> list[int]:
-        bos = self.vocabulary.bos
-        if bos is None:
-            return prompt
-        rest = prompt
-        while rest and rest[0] == bos:
-            rest = rest[1:]
-        count = len(prompt) - len(rest)
+        single, count = one_bos(self.vocabulary.tokenizer, prompt)
         if count > 1:
             self.report.add(DOUBLE_BOS, row.row.origin, row.prompt)
-        wanted = self.vocabulary.add_bos == "always" or (
-            count > 0 and self.vocabulary.add_bos == "auto"
-        )
-        return [bos, *rest] if wanted else rest
+        return single
 
     def _ended(self, row: Prepared, ids: list[int]) -> list[int]:
         """Return an answer's ids with exactly one token that ends it."""

@@ -17,7 +17,7 @@ from lora_dpo.data.problems import Problems
 from lora_dpo.data.records import Pair
 from lora_dpo.data.report import DataReport
 from lora_dpo.data.templates import make_renderer
-from lora_dpo.data.vocabulary import AddBos, Vocabulary, read_vocabulary
+from lora_dpo.data.vocabulary import Vocabulary, read_vocabulary
 from lora_dpo.errors import DataError
 from lora_dpo.showing import bar
 
@@ -84,7 +84,6 @@ def tokenise(
     overflow: Overflow = "drop",
     stop_ids: Sequence[int] = (),
     template_arguments: Mapping[str, Any] | None = None,
-    add_bos: AddBos = "auto",
     cache_dir: Path | None = None,
 ) -> Tokenised:
     """Turn preferences into token ids.
@@ -96,7 +95,6 @@ def tokenise(
         overflow: what to do with longer rows.
         stop_ids: tokens at which the model's generation stops, besides the tokenizer's EOS.
         template_arguments: variables for the chat template (such as ``enable_thinking``).
-        add_bos: ``"auto"`` does what the tokenizer (text) or its template (messages) does.
         cache_dir: folder of cached results, found again by content, tokenizer and settings.
 
     Raises:
@@ -109,9 +107,8 @@ def tokenise(
         "overflow": overflow,
         "stop_ids": sorted(set(map(int, stop_ids))),
         "template_arguments": arguments,
-        "add_bos": add_bos,
     }
-    vocabulary = read_vocabulary(tokenizer, add_bos, stop_ids)
+    vocabulary = read_vocabulary(tokenizer, stop_ids)
     folder = key = None
     if cache_dir is not None:
         key = caching.cache_key(preferences, tokenizer, settings)

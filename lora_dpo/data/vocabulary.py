@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora_dpo.errors import DataError
 
@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
 _TAIL = 200  # characters: a generation prompt is shorter
 
-AddBos = Literal["auto", "always", "never"]
-
 
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer, the tokens it opens a text with, and the tokens that end an answer."""
 
     tokenizer: PreTrainedTokenizerBase
-    add_bos: AddBos
     stops: frozenset[int]
     eos: int
     bos: int | None
@@ -106,7 +103,7 @@ class Vocabulary:
 
     def without_bos(self, text: str) -> tuple[str, int]:
         """Return a text without its BOS texts, and how many there were."""
-        return _strip(text, str(self.tokenizer.bos_token or ""), front=True)
+        return without_bos(self.tokenizer, text)
 
     def without_eos(self, text: str) -> tuple[str, int]:
         """Return a text without its EOS texts, and how many there were."""
@@ -117,9 +114,7 @@ class Vocabulary:
         return self.decode([[token]])[0]
 
 
-def read_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, add_bos: AddBos, stop_ids: Sequence[int]
-) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Vocabulary:
     """Look at what a tokenizer puts around a text, and check that an answer can be ended."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if not isinstance(eos, int):
@@ -127,13 +122,9 @@ def read_vocabulary(
             "the tokenizer has no end-of-text token, so no answer could ever end. Set "
             "tokenizer.eos_token to the token that the model stops at."
         )
-    if add_bos not in ("auto", "always", "never"):
-        raise DataError(f"add_bos is {add_bos!r}; expected 'auto', 'always' or 'never'.")
-    if add_bos == "always" and not isinstance(bos, int):
-        raise DataError("add_bos is 'always', but the tokenizer has no BOS token; use 'auto'.")
     stops = frozenset({*map(int, stop_ids), eos})
-    bare = Vocabulary(tokenizer, add_bos, stops, eos, bos if isinstance(bos, int) else None)
-    return Vocabulary(tokenizer, add_bos, stops, eos, bare.bos, _opening(bare))
+    bare = Vocabulary(tokenizer, stops, eos, bos if isinstance(bos, int) else None)
+    return Vocabulary(tokenizer, stops, eos, bare.bos, _opening(bare))
 
 
 def _opening(vocabulary: Vocabulary) -> tuple[int, ...]:
@@ -142,12 +133,19 @@ def _opening(vocabulary: Vocabulary) -> tuple[int, ...]:
     full = vocabulary.tokenizer(probe, verbose=False)["input_ids"]
     places = range(len(full) - len(plain) + 1)
     start = next((i for i in places if full[i : i + len(plain)] == plain), 0)
-    opening = tuple(full[:start])
-    if vocabulary.add_bos == "never":
-        return tuple(token for token in opening if token != vocabulary.bos)
-    if vocabulary.add_bos == "always" and vocabulary.bos not in opening:
-        return (int(vocabulary.bos or 0), *opening)
-    return opening
+    return tuple(full[:start])
+
+
+def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
+    """Return a text without its BOS texts, and how many there were."""
+    return _strip(text, str(tokenizer.bos_token or ""), front=True)
+
+
+def one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int]:
+    """Return token ids with at most one BOS in front, and how many there were."""
+    bos = tokenizer.bos_token_id
+    count = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    return (ids[count - 1 :] if count > 1 else ids), count
 
 
 def _strip(text: str, token: str, *, front: bool) -> tuple[str, int]:

@@ -76,7 +76,7 @@ def inspect_preferences(
     tokenizer = load_tokenizer(config)
     preferences = load_rows(config, data, kind)
     tokens = tokenise_rows(preferences, config, tokenizer)
-    vocabulary = read_vocabulary(tokenizer, config.data.add_bos, stop_ids(config))
+    vocabulary = read_vocabulary(tokenizer, stop_ids(config))
     leaks = None
     if held_out is not None:
         leaks = leaks_of(preferences, load_rows(config, held_out, kind))

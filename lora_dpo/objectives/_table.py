@@ -174,7 +174,8 @@ class Objective:
         if known is None:
             takes = ", ".join(accepted) or "none"
             owners = [o.name for o in OBJECTIVES.values() if key in o.hyperparameters]
-            whose = f" ({', '.join(owners[:4])} does.)" if owners else nearest(key, accepted)
+            verb = "does" if len(owners) == 1 else "do"
+            whose = f" ({', '.join(owners[:4])} {verb}.)" if owners else nearest(key, accepted)
             return f"objective.{key}: {self.name!r} has no such hyperparameter; it takes {takes}.{whose}"
         if not known.accepts(value):
             shown = f"{value:g}" if isinstance(value, float) else repr(value)

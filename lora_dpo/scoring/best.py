@@ -168,10 +168,16 @@ def best_of(
     bound = objective or objectives.get("dpo").bind(beta=cast(float, beta))
     rows = [ids for ids in asked for _ in range(n)]
     made = sample_ids(
-        policy, tokenizer, rows, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+        policy,
+        tokenizer,
+        rows,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        template_arguments=template_arguments,
     )
     scores = score_ids(policy, list(zip(rows, made, strict=True)), bound, batch_size=batch_size)
-    ends = end_ids(policy, tokenizer)
+    ends = end_ids(policy, tokenizer, template_arguments)
     samples = [
         Ranked(_text(tokenizer, ids), ended=ids[-1] in ends, **scores.row(i))
         for i, ids in enumerate(made)

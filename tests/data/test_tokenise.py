@@ -10,6 +10,7 @@ import pytest
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.data.vocabulary import read_vocabulary
 from lora_dpo.errors import DataError
+from lora_dpo.generation import encode_prompt
 from tests.data.helpers import ZQ, pairs
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -82,20 +83,33 @@ def test_a_token_across_the_boundary_is_split_and_counted(merging: Any) -> None:
     assert reasons(tokenised) == ["repaired: boundary merge: prompt and answer tokenised apart"]
 
 
-@pytest.mark.parametrize(("add_bos", "count"), [("auto", 1), ("always", 1), ("never", 0)])
 @pytest.mark.parametrize("prompt", ["Hi there", "<s>Hi there", "<s><s>Hi there"])
-def test_there_is_one_bos_or_none(dummy_prefix: Any, add_bos: Any, count: int, prompt: str) -> None:
-    data = pairs([(prompt, " a", " b")])
-    tokenised = tokenise(data, dummy_prefix, max_length=99, add_bos=add_bos)
+def test_there_is_one_bos_and_generation_asks_with_the_same_tokens(
+    dummy_prefix: Any, prompt: str
+) -> None:
+    tokenised = tokenise(pairs([(prompt, " a", " b")]), dummy_prefix, max_length=99)
     row = tokenised.rows[0]
     body = dummy_prefix("Hi there", add_special_tokens=False).input_ids
-    assert row["prompt_ids"] == [dummy_prefix.bos_token_id] * count + body
+    assert row["prompt_ids"] == [dummy_prefix.bos_token_id, *body]
     assert (tokenised.report.repaired == 1) == prompt.startswith("<s>")
+    assert encode_prompt(dummy_prefix, prompt) == row["prompt_ids"]
 
 
-def test_bos_is_added_only_where_there_is_one(chatml: Any) -> None:
-    with pytest.raises(DataError, match="no BOS token"):
-        tokenise(pairs([("a", " b", " c")]), chatml, max_length=9, add_bos="always")
+@pytest.mark.parametrize(("content", "count"), [("Hi", 1), ("<s>Hi", 2)])
+def test_a_chat_is_asked_with_the_bos_that_it_was_trained_with(
+    dummy_prefix: Any, content: str, count: int
+) -> None:
+    """A template may open with BOS, and so may what it renders first."""
+    dummy_prefix.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    row = chat(content)
+    tokenised = tokenise(load_preferences([row]), dummy_prefix, max_length=99)
+    ids = tokenised.rows[0]["prompt_ids"]
+    assert ids.count(dummy_prefix.bos_token_id) == 1
+    assert encode_prompt(dummy_prefix, row["prompt"]) == ids
+    reported = any("BOS" in reason for reason in reasons(tokenised))
+    assert reported == (count > 1)
 
 
 def test_an_eos_that_the_tokenizer_appends_is_no_part_of_the_prompt(dummy_prefix: Any) -> None:
@@ -335,7 +349,7 @@ def test_the_summary_gives_nearest_rank_quantiles(chatml: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"max_length": 1}, "max_length"), ({"overflow": "cut"}, "overflow"), ({"add_bos": 1}, "bos")],
+    [({"max_length": 1}, "max_length"), ({"overflow": "cut"}, "overflow")],
 )
 def test_an_illegal_option_is_an_error(chatml: Any, options: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -343,7 +357,7 @@ def test_an_illegal_option_is_an_error(chatml: Any, options: Any, message: str) 
 
 
 def test_control_text_is_found_for_every_special_token(chatml: Any) -> None:
-    vocabulary = read_vocabulary(chatml, "auto", ())
+    vocabulary = read_vocabulary(chatml, ())
     assert vocabulary.control_text("a <|im_start|> b")
     assert not vocabulary.control_text("a <| b |>")
 
