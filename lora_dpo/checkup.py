@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +57,17 @@ class Check:
         ]
 
 
+def shown_checks(checks: Iterable[Check], verdict: str) -> list[RenderableType]:
+    """Return checks and the sentence that they come to, for a terminal."""
+    styles = {"ok": "green", "warns": "yellow", "blocks": "bold red"}
+    parts: list[RenderableType] = []
+    for check in checks:
+        first, *rest = check.lines()
+        parts.append(hanging(first, 7, styles[check.state]))
+        parts += [hanging(line, 7) for line in rest]
+    return [*parts, Text(verdict, style="bold")]
+
+
 @dataclass(frozen=True, repr=False)
 class Checkup(Displayed):
     """What ``doctor`` found. ``print(checkup)``; in a notebook, its name alone."""
@@ -86,13 +97,7 @@ class Checkup(Displayed):
 
     def terminal(self) -> list[RenderableType]:
         """Return what is printed."""
-        styles = {"ok": "green", "warns": "yellow", "blocks": "bold red"}
-        parts: list[RenderableType] = []
-        for check in self.checks:
-            first, *rest = check.lines()
-            parts.append(hanging(first, 7, styles[check.state]))
-            parts += [hanging(line, 7) for line in rest]
-        return [*parts, Text(self.verdict, style="bold")]
+        return shown_checks(self.checks, self.verdict)
 
     @property
     def verdict(self) -> str:

@@ -11,15 +11,18 @@ from lora_dpo.cli.shared import Overrides, app, quiet_libraries, user_errors
 
 PANEL = "Training"
 
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; configs/ holds commented ones.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")]
+
 
 @app.command(
     rich_help_panel=PANEL,
     epilog="Example: lora-dpo train configs/mistral-7b-dpo.yaml --set objective.beta=0.05",
 )
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; configs/ holds commented ones.")],
+    config: ConfigFile,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train a policy on preferences against its reference."""
     with user_errors():
@@ -38,9 +41,9 @@ def train(
     "configs/quickstart.yaml --set model.adapter=runs/quickstart-sft",
 )
 def sft(
-    config: Annotated[Path, typer.Argument(help="A YAML file, as for train.")],
+    config: ConfigFile,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Fine-tune on the chosen side of preferences or on instruction data, to start train from."""
     with user_errors():

@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 from rich.console import RenderableType
-from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from lora_dpo.checkup import Check
+from lora_dpo.checkup import Check, shown_checks
 from lora_dpo.errors import ConfigError, LoraDpoError, ModelError, OutputError
 from lora_dpo.generation import encode_prompt
 from lora_dpo.handing.asking import Endpoint
 from lora_dpo.policy import load_adapter
 from lora_dpo.proving import load_plain
-from lora_dpo.showing import Displayed, hanging
+from lora_dpo.showing import Displayed
 from lora_dpo.smoking import SMOKE_FILE, difference, first_token_logprobs, greedy_answer
 from lora_dpo.store import read_json
 
@@ -68,13 +67,7 @@ class Smoke(Displayed):
 
     def terminal(self) -> list[RenderableType]:
         """Return what is printed."""
-        styles = {"ok": "green", "warns": "yellow", "blocks": "bold red"}
-        parts: list[RenderableType] = []
-        for check in self.checks:
-            first, *rest = check.lines()
-            parts.append(hanging(first, 7, styles[check.state]))
-            parts += [hanging(line, 7) for line in rest]
-        return [*parts, Text(self.verdict, style="bold")]
+        return shown_checks(self.checks, self.verdict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
