@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test docs clean
+.PHONY: quickstart test docs coverage mutation clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -20,6 +20,12 @@ test: $(VENV)/.installed-test  ## lint, types and all tests
 
 docs: $(VENV)/.installed-docs  ## the site, in docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html
+
+coverage: $(VENV)/.installed-campaigns  ## lines and branches that the tests reach
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-report=json
+
+mutation: $(VENV)/.installed-campaigns  ## defects planted in objectives, log-probs and data: are they noticed?
+	$(BIN)/python -m tests.mutation $(MUTANTS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(SITE) $(VENV)
@@ -32,6 +38,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-campaigns: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[campaigns]'
+	touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(VENV)/.installed-docs: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[docs]'

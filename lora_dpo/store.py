@@ -108,7 +108,8 @@ def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 
 def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Append to a file of JSON lines."""
+    """Append to a file of JSON lines, in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         for entry in entries:
             stream.write(json_line(entry) + "\n")

@@ -126,12 +126,12 @@ def make_checkout(folder: Path, settings: Mapping[str, Any] = QUICK) -> None:
     os.symlink(bundled / "model", there / "model")
     os.symlink(ROOT / "examples", folder / "examples")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    path = folder / "configs" / "quickstart.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key, value in {**SETTINGS, **settings}.items():
-        section, name = key.split(".")
-        config[section][name] = value
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    for path in (folder / "configs").glob("quickstart*.yaml"):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, value in {**SETTINGS, **settings}.items():
+            section, name = key.split(".")
+            config[section][name] = value
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 class Reader:

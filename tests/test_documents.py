@@ -23,6 +23,7 @@ from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.run import _build_trainer
 from lora_dpo.run_folder import bound_objective
+from tests.pages import make_checkout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +34,8 @@ def test_readmes_commands_run_on_the_bundled_model(
     tmp_path: Path, quickstart_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Word for word, but for the 7B base, the user's file, the length of training and the folders."""
-    monkeypatch.chdir(ROOT)
+    make_checkout(tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "checkout")
     lines = [line.strip() for line in README.splitlines() if line.startswith("    lora-dpo ")]
     assert [line.split()[1] for line in lines] == [
         "doctor",
@@ -50,7 +52,7 @@ def test_readmes_commands_run_on_the_bundled_model(
     ]
     changes = {
         "model.base": quickstart_model,
-        "data.train": ROOT / "lora_dpo" / "quickstart" / "data" / "heldout.jsonl",
+        "data.train": tmp_path / "checkout" / "lora_dpo" / "quickstart" / "data" / "train.jsonl",
         "data.max_length": 256,
         "train.max_steps": 2,
         "train.gradient_accumulation_steps": 2,
@@ -87,7 +89,8 @@ def test_readmes_commands_run_on_the_bundled_model(
 def test_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
-    monkeypatch.chdir(ROOT)
+    make_checkout(tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "checkout")
     first = blocks[0].replace("runs/readme", str(tmp_path / "readme"))
     names: dict[str, Any] = {}
     exec(first, names)

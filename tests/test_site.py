@@ -27,11 +27,15 @@ PAGES = [
 ]
 
 
+def _of_all_processes(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that the pages speak of, trained by their own command, once for all processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site-run"
+    folder = _of_all_processes(tmp_path_factory, "site-run")
     with FileLock(f"{folder}.lock"):
         if not (folder / RUN / "run.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +119,8 @@ def test_every_command_is_run_on_some_page() -> None:
 SHORTER = {
     '"max_steps": 40': '"max_steps": 2',
     '"eval": str(DATA_DIR / "heldout.jsonl")': '"eval_fraction": 0.02',
-    '"output": {"dir": "runs/notebook"}': '"output": {"dir": "runs/notebook", "diagnose": False}',
+    '"output": {"dir": "runs/notebook"}': '"output": {"dir": "runs/notebook", "diagnose": False, '
+    '"samples": 0}',
 }
 SHOWN = {
     "first_run": ("Did you mean 'beta'?", "rewards/accuracies", "KL(policy || exported)"),
@@ -166,18 +171,22 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as ``make docs`` does, from a copy of what git has."""
-    checkout = tmp_path_factory.mktemp("site")
-    for folder in ("docs", "examples"):
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=_generated)
+    """The site, built as ``make docs`` does, from a copy of what git has; once for all processes."""
+    checkout = _of_all_processes(tmp_path_factory, "site")
     target = checkout / "html"
-    command = ["-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-b", "html"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command, "docs", str(target)],
-        cwd=checkout, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    with FileLock(f"{checkout}.lock"):
+        if not (checkout / "whole").is_file():
+            shutil.rmtree(checkout, ignore_errors=True)
+            for folder in ("docs", "examples"):
+                shutil.copytree(ROOT / folder, checkout / folder, ignore=_generated)
+            command = ["-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-b", "html"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(
+                [sys.executable, *command, "docs", str(target)],
+                cwd=checkout, env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            (checkout / "whole").touch()
     return target
 
 

@@ -167,15 +167,8 @@ def best_of(
         check_room(asked, context_of(causal_lm(policy).config), max_new_tokens)
     bound = objective or objectives.get("dpo").bind(beta=cast(float, beta))
     rows = [ids for ids in asked for _ in range(n)]
-    made = sample_ids(
-        policy,
-        tokenizer,
-        rows,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-        template_arguments=template_arguments,
-    )
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    made = sample_ids(policy, tokenizer, rows, template_arguments=template_arguments, **how)
     scores = score_ids(policy, list(zip(rows, made, strict=True)), bound, batch_size=batch_size)
     ends = end_ids(policy, tokenizer, template_arguments)
     samples = [
