@@ -57,6 +57,8 @@ def main(steps: int = 5) -> float:
                 "objective={name: my_hinge, beta: 0.5}",
                 f"train.max_steps={steps}",
                 f"output.dir={folder}/run",
+                "output.diagnose=false",
+                "output.samples=0",
             ],
         )
         run = train(config)

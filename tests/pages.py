@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 # All that differs from a checkout: so few rows of the bundled data, and these settings.
 ROWS = {"train.jsonl": 32, "heldout.jsonl": 12, "eval_prompts.jsonl": 6}
 SETTINGS = {
-    "train.per_device_train_batch_size": 8,  # 4 steps
+    "train.per_device_train_batch_size": 4,
     "train.max_steps": 4,
 }
 # A diagnosis and samples take longer than such a run. The shared run has both.

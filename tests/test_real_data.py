@@ -45,7 +45,7 @@ def _values(model: Path, data: Path, out: Path) -> dict[str, Any]:
             "save_strategy": "no",
             "use_cpu": True,
         },
-        "output": {"dir": str(out)},
+        "output": {"dir": str(out), "diagnose": False, "samples": 0},
     }
 
 
