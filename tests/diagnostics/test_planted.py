@@ -83,7 +83,7 @@ def run(
         for part in (rows, held_out)
     )
     defaults: dict[str, Any] = {
-        "max_steps": 24, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 48,
+        "max_steps": 24, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 48,
         "learning_rate": 1e-3, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 8,
         "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": 0,
     }  # fmt: skip
