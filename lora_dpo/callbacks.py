@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lora_dpo.showing import Lines
 from lora_dpo.store import add_lines
 
 logger = logging.getLogger("lora_dpo")
@@ -26,7 +27,7 @@ def show_log_lines() -> None:
     """Show our own log lines on standard output, unless the program has set up logging itself."""
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(Lines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 

@@ -149,7 +149,7 @@ def _of_folder(
 ) -> Iterator[Found]:
     is_adapter, base = _base_of(folder, base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: no tokenizer could be read ({' '.join(str(error).split())[:200]})."
