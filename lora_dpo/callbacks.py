@@ -90,6 +90,22 @@ class StopCallback(TrainerCallback):
                 signal.signal(number, handler)
 
 
+class EndCallback(TrainerCallback):
+    """End a run after a step, with a checkpoint, whatever its schedule was made for."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> TrainerControl:
+        """Ask for the checkpoint and the end, unless the end is here anyway."""
+        if self.step <= state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
 class MovementCallback(TrainerCallback):
     """Tell when adapter weights do not move: a learning rate too small for their dtype, mostly.
 

@@ -2,6 +2,7 @@
 
 RUN/
   config.yaml        the resolved config; reproduces the run
+  environment.json   versions, hardware, git, fingerprints of base and data; a line a start
   run.json           versions, what the reference was, results
   data.json          what was dropped, truncated or repaired, with examples
   lengths.json       rows that were trained on and held out: sha256, lengths in tokens
