@@ -70,7 +70,9 @@ def environment_of(folder: Path) -> dict[str, Any]:
     """Return what ``note_environment`` wrote; empty for a run that is older than it."""
     path = folder / ENVIRONMENT
     found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    sessions = found.get("sessions") if isinstance(found, dict) else None
+    whole = isinstance(sessions, list) and all(isinstance(each, dict) for each in sessions)
+    return found if whole else {}
 
 
 def sources_of(config: Config, base: Any) -> dict[str, Any]:

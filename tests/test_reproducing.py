@@ -91,7 +91,8 @@ def killed(run: Run, values: dict[str, Any], tmp_path_factory: pytest.TempPathFa
     (folder / "run.json").unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["step"] <= 4]
-    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    torn = '{"loss": 0.1, "gra'
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept) + torn)
     return folder
 
 
@@ -223,7 +224,9 @@ def test_a_tolerance_is_in_units_of_a_figure_up_to_1_and_a_share_of_it_above() -
         text = str(found)
         assert "first difference at step 1: loss was 0.5 and is 0.503 (3.0e-03 apart)" in text
         assert "adapter at the end: 1.0e-03 of its size apart" in text
-        verdict = "a is reproduced within 0.0051: 5.0e-03 at most" if passed else "is not reproduced"
+        verdict = (
+            "a is reproduced within 0.0051: 5.0e-03 at most" if passed else "is not reproduced"
+        )
         assert verdict in text.splitlines()[-1]
 
 

@@ -156,6 +156,27 @@ def _record(model: Path) -> dict[str, Any]:
     return {"prompts": prompts, "tolerance": 0.1, "stop_ids": [2], "template_arguments": {}}
 
 
+def test_a_smoke_test_of_a_stranger_is_read_as_one_or_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    record = _record(tiny_model)
+    (prompt,) = record["prompts"]
+    for change, told in (
+        ({"tolerance": "wide"}, "tolerance: "),
+        ({"stop_ids": None}, "stop_ids: "),
+        ({"prompts": [{**prompt, "token_ids": [-1]}]}, r"prompts\.0\.token_ids\.0: "),
+        ({"prompts": [{**prompt, "first_token": []}]}, r"prompts\.0\.first_token: "),
+        ({"prompts": ["x"]}, r"prompts\.0: "),
+    ):
+        write_json(folder / "smoke_test.json", {**record, **change})
+        with pytest.raises(OutputError, match=rf"not what 'lora-dpo export' writes \({told}"):
+            smoke(folder)
+    write_json(folder / "smoke_test.json", {**record, "prompts": [{**prompt, "token_ids": [999]}]})
+    found = smoke(folder)
+    assert any("tokens that the model does not have" in check.found for check in found.checks)
+
+
 @pytest.mark.parametrize(
     "named",
     ["pytorch_model.bin", "../elsewhere/model.safetensors", "/etc/x.safetensors", 7],

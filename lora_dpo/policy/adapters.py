@@ -280,7 +280,6 @@ def _check_saved(adapter: Path) -> dict[str, Any]:
     """Return the settings of a saved adapter, refused where they rewrote the base."""
     folder = adapter_folder(adapter)
     path = folder / ADAPTER_FILE
-    check_adapter_files(folder)
     try:
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -288,6 +287,7 @@ def _check_saved(adapter: Path) -> dict[str, Any]:
             f"{path}: not readable as JSON ({error}); the adapter is damaged."
         ) from None
     check_adapter_settings(path, stored)
+    check_adapter_files(folder)
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ModelError(CHANGED_BASE.format(where=path, init=init))

@@ -22,6 +22,7 @@ from lora_dpo.reproducing.measuring import (
     compare_lines,
     held_out,
     keyed,
+    read_history,
 )
 from lora_dpo.reproducing.result import Reproduction
 from lora_dpo.run import train
@@ -58,7 +59,7 @@ def reproduce(
     target = Path(to) if to is not None else run.folder.with_name(f"{run.folder.name}-again")
     _check_target(run.folder, target)
     recorded, ended = environment_of(run.folder), bool(run.results)
-    history = run.history if (run.folder / "metrics.jsonl").is_file() else []
+    history = read_history(run.folder)
     steps = _steps(run, history)
     config = _config(run, target, recorded)
     _check_sources(config, run, recorded)
@@ -66,7 +67,7 @@ def reproduce(
     with _threads(sessions[-1].get("threads") if sessions else None):
         again = train(config, stop_after=steps)
     resumed = len(sessions) > 1
-    was, now = keyed(history, steps), keyed(again.history, steps)
+    was, now = keyed(history, steps), keyed(read_history(target), steps)
     differing, missing, figures = compare_lines(was, now, ended=ended, resumed=resumed)
     if ended:
         first, second = held_out(run.results), held_out(again.results)
@@ -163,7 +164,8 @@ def _check_sources(config: Config, run: Run, recorded: Mapping[str, Any]) -> Non
 def _threads(count: int | None) -> Iterator[None]:
     """Let torch compute with as many threads as then: sums are cut up by their number."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    usual = isinstance(count, int) and 0 < count <= 4096
+    torch.set_num_threads(count if count is not None and usual else before)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,20 @@ _OF_THE_LAST_SESSION = "train_loss"  # the library's mean over the steps since i
 
 Line = Mapping[str, Any]
 Key = tuple[int, str, int]
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole log lines of a run, which may have been killed in the middle of one."""
+    path, found = folder / "metrics.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
+    return found
 
 
 def keyed(history: Iterable[Line], until: int) -> dict[Key, dict[str, float]]:
