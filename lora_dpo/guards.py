@@ -97,6 +97,19 @@ def only_numbers() -> Iterator[None]:
         ) from None
 
 
+def check_scaler(checkpoint: Path, scaler: Any) -> None:
+    """Refuse a checkpoint with the state of a gradient scaler where none is used.
+
+    Raises:
+        OutputError: says what goes on from it.
+    """
+    if (checkpoint / "scaler.pt").is_file() and scaler is None:
+        raise OutputError(
+            f"{checkpoint}: was written in float16 with a scale for gradients, and this run computes "
+            "without one; resume on a card and with a model.compute_dtype as before."
+        )
+
+
 def checkpoint_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it must share, a fingerprint a section."""
     values = config.to_dict()

@@ -32,6 +32,7 @@ from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by
 from lora_dpo.guards import (
     check_context,
     check_folder,
+    check_scaler,
     check_trackers,
     checkpoint_facts,
     only_numbers,
@@ -120,6 +121,8 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
             torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
         with settings_of_the_library():
             trainer = _build_trainer(config, objective, arguments, data)
+        if resume:
+            check_scaler(checkpoint, trainer.accelerator.scaler)
         add_samples(trainer, config.output, tokenizer, data.held_out)
         if stop_after is not None:
             trainer.add_callback(EndCallback(stop_after))
