@@ -17,8 +17,8 @@ import torch
 from transformers import enable_full_determinism
 from typer.testing import CliRunner
 
+from lora_dpo import surroundings
 from lora_dpo.cli import app
-from lora_dpo.config import Config
 from lora_dpo.determinism import deterministic
 from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, TrainingError
 from lora_dpo.reproducing import Difference, Reproduction, Twin, reproduce
@@ -53,7 +53,7 @@ def values(
             "use_cpu": True,
             "full_determinism": True,
         },
-        "output": {"dir": str(folder / "run"), "samples": 1, "sample_tokens": 4},
+        "output": {"dir": str(folder / "run"), "diagnose": False, "samples": 1, "sample_tokens": 4},
     }
 
 
@@ -66,20 +66,41 @@ def _state(folder: Path) -> dict[str, str]:
     return {str(p): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_is_reproduced_bit_for_bit_and_its_folder_stays_as_it_was(
+def test_another_process_reproduces_a_run_bit_for_bit_and_leaves_its_folder_as_it_was(
     run: Run, tmp_path: Path
 ) -> None:
+    """By the command, with dropout in the adapters, and with other hashes of Python's own."""
     before = _state(run.folder)
-    found = reproduce(run.folder, to=tmp_path / "again")
+    again = tmp_path / "again"
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_dpo", "reproduce", str(run.folder), "--to", str(again), "--json"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     assert _state(run.folder) == before
-    assert found.identical and found.passed and found.largest == 0.0 and found.ended
-    assert [twin.where for twin in found.adapters] == ["step 2", "step 4", "step 6", "the end"]
+    found = json.loads(done.stdout)
+    assert found["identical"] and found["passed"] and found["ended"] and found["largest"] == 0.0
+    assert [t["where"] for t in found["adapters"]] == ["step 2", "step 4", "step 6", "the end"]
     # 6 lines of training, 2 of evaluation, and the end; times and memory do not count
-    assert found.lines_compared == len(run.history) == 9
-    assert found.changed == () and found.figures > 100
-    assert "every figure and every byte is the same" in str(found)
-    json.dumps(found.to_dict(), allow_nan=False)
-    assert not torch.are_deterministic_algorithms_enabled()  # the runs were full_determinism
+    assert found["lines_compared"] == len(run.history) == 9 and found["figures"] > 100
+    assert found["changed"] == []
+    for name in ("adapter", "checkpoint-2", "checkpoint-6"):
+        first, second = (f / name / "adapter_model.safetensors" for f in (run.folder, again))
+        assert first.read_bytes() == second.read_bytes(), name
+    theirs = Run.open(again)
+    assert keyed(theirs.history, 6) == keyed(run.history, 6)
+    assert theirs.results["held_out"] == run.results["held_out"]
+    assert (
+        len(
+            {
+                (again / f"checkpoint-{n}" / "adapter_model.safetensors").read_bytes()
+                for n in (2, 4, 6)
+            }
+        )
+        == 3
+    )  # the steps did something
+    assert not torch.are_deterministic_algorithms_enabled()  # the run was full_determinism
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +126,10 @@ def test_a_killed_run_is_reproduced_up_to_where_it_was_left(killed: Path, tmp_pa
     assert Run.open(tmp_path / "again").results["steps"] == 4
 
 
-def test_a_resumed_run_is_reproduced_in_one_piece_and_its_sessions_are_kept(
+def test_a_resumed_run_keeps_its_sessions_and_its_first_difference_is_told_with_its_size(
     killed: Path, values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Once resumed, its log is changed by hand: 0.001 at step 2, 1 % of a large figure at step 6."""
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     recorded = read_json(folder / "environment.json")
     recorded["sessions"][0]["versions"]["peft"] = "0.1"
@@ -120,9 +142,22 @@ def test_a_resumed_run_is_reproduced_in_one_piece_and_its_sessions_are_kept(
     sessions = read_json(folder / "environment.json")["sessions"]
     assert [session["from_step"] for session in sessions] == [0, 4]
     assert sessions[0]["versions"]["peft"] == "0.1" != sessions[1]["versions"]["peft"]
-    found = reproduce(folder, to=tmp_path / "again")
-    assert found.identical, str(found)
-    assert "resumed at step 4; the second ran in one piece" in str(found)
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    training[1]["loss"] += 0.001
+    training[5]["logps/chosen"] *= 1.01
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["reproduce", str(folder), "--to", str(tmp_path / "again"), "--tolerance", "0.005"]
+    said = CliRunner().invoke(app, [*command, "--json"])
+    assert said.exit_code == 1, said.output + said.stderr
+    found = json.loads(said.stdout)
+    assert not found["passed"] and not found["identical"] and found["missing"] == []
+    assert [d["where"] for d in found["differing"]] == ["step 2", "step 6"]
+    assert [d["name"] for d in found["differing"]] == ["loss", "logps/chosen"]
+    assert found["largest"] == pytest.approx(0.01 / 1.01, rel=1e-6)
+    assert len(found["adapters"]) == 4 and all(twin["same"] for twin in found["adapters"])
+    assert any("resumed at step 4; the second ran in one piece" in note for note in found["notes"])
 
 
 def test_what_a_run_depends_on_is_written_before_its_weights_load(
@@ -191,27 +226,6 @@ def test_what_cannot_be_reproduced_is_refused(run: Run, tmp_path: Path) -> None:
         reproduce(tmp_path)
 
 
-def test_the_first_difference_is_told_with_its_size_and_a_tolerance_decides(
-    run: Run, tmp_path: Path
-) -> None:
-    """The first run's log is changed by hand: 0.001 at step 2, and 1 % of a large figure at step 4."""
-    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [line for line in lines if "loss" in line]
-    training[1]["loss"] += 0.001
-    training[3]["logps/chosen"] *= 1.01
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ["reproduce", str(folder), "--to", str(tmp_path / "again"), "--tolerance", "0.005"]
-    said = CliRunner().invoke(app, [*command, "--json"])
-    assert said.exit_code == 1, said.output + said.stderr
-    found = json.loads(said.stdout)
-    assert not found["passed"] and not found["identical"]
-    assert [d["where"] for d in found["differing"]] == ["step 2", "step 4"]
-    assert [d["name"] for d in found["differing"]] == ["loss", "logps/chosen"]
-    assert found["largest"] == pytest.approx(0.01 / 1.01, rel=1e-6)
-    assert all(twin["same"] for twin in found["adapters"])
-
-
 def test_a_tolerance_is_in_units_of_a_figure_up_to_1_and_a_share_of_it_above() -> None:
     small, large = Difference("step 1", "loss", 0.5, 0.503), Difference("step 2", "x", -200, -201)
     assert small.apart == pytest.approx(0.003) and large.apart == pytest.approx(0.005)
@@ -274,17 +288,23 @@ def test_what_has_changed_is_told_by_name_and_git_is_no_part_of_it() -> None:
     assert differences(was, now) == [("new", "-", "1"), ("threads", "2", "4"), ("torch", "1", "2")]
 
 
-def test_a_large_file_is_known_by_pieces_from_its_first_byte_to_its_last(tmp_path: Path) -> None:
-    path, size = tmp_path / "model.safetensors", (1 << 28) + 12345
-    with path.open("wb") as stream:
-        stream.truncate(size)  # no bytes on the disk
+def test_a_large_file_is_known_by_pieces_from_its_first_byte_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("_WHOLE", 1 << 20), ("_PIECES", 16), ("_PIECE", 1 << 10)):
+        monkeypatch.setattr(surroundings, name, size)
+    path, size = tmp_path / "model.safetensors", (1 << 20) + 12345
+    path.write_bytes(bytes(size))
     seen = {fingerprints(str(tmp_path))[path.name]}
-    for place in (0, size // 2, size - 1):
+    places = (0, 1023, 2048, size - 1024, size - 1)
+    for place in places:
         with path.open("r+b") as stream:
             stream.seek(place)
             stream.write(b"x")
         seen.add(fingerprints(str(tmp_path))[path.name])
-    assert len(seen) >= 3  # the middle may fall between two pieces; the ends do not
+    assert len(seen) == 5  # all of them but 2048, which lies between two pieces
+    path.write_bytes(bytes(size - 1))
+    assert fingerprints(str(tmp_path))[path.name] not in seen
 
 
 # ---- determinism ----------------------------------------------------------------------------------
@@ -328,33 +348,3 @@ def test_an_operation_without_an_order_of_its_sums_is_told_and_nothing_else_is()
         raise RuntimeError("x does not have a deterministic implementation")
     with pytest.raises(RuntimeError, match="out of memory"), deterministic(True):
         raise RuntimeError("out of memory")
-
-
-def test_two_processes_train_the_same_bytes_with_dropout(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
-    config = Config.parse(values)
-    code = "import sys; from lora_dpo import train; train(sys.argv[1])"
-    started = []
-    for name in ("one", "two"):
-        path = tmp_path / f"{name}.yaml"
-        changed = config.replace("output.dir", str(tmp_path / name))
-        path.write_text(changed.replace("output.diagnose", False).to_yaml())
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.DEVNULL
-            )
-        )
-    assert [process.wait() for process in started] == [0, 0]
-    one, two = (Run.open(tmp_path / name) for name in ("one", "two"))
-    for name in ("adapter", "checkpoint-2", "checkpoint-6"):
-        first, second = (r.folder / name / "adapter_model.safetensors" for r in (one, two))
-        assert first.read_bytes() == second.read_bytes(), name
-    assert keyed(one.history, 6) == keyed(two.history, 6)
-    assert one.results["held_out"] == two.results["held_out"]
-    early, late = (
-        (two.folder / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()
-        for step in (2, 6)
-    )
-    assert early != late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,8 @@ def reproduce(
         quiet_libraries(sys.stderr if json_ else None)
         from lora_dpo.reproducing import reproduce as run_again
 
-        found = run_again(run, to=to, tolerance=tolerance)
+        with redirect_stdout(sys.stderr) if json_ else nullcontext():  # training tells its steps
+            found = run_again(run, to=to, tolerance=tolerance)
         show(found, json_)
     if not found.passed:
         raise typer.Exit(1)
