@@ -26,7 +26,12 @@ from lora_dpo.store import read_json, write_json
 logger = logging.getLogger("lora_dpo")
 
 ENVIRONMENT = "environment.json"
-_KINDS = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
+# what a model and its tokenizer are read from; other files of a folder may change
+_READ = (
+    "*.safetensors", "*.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.jinja", "*.py",
+)  # fmt: skip
 _WHOLE, _PIECES, _PIECE = 1 << 28, 256, 1 << 20  # bytes; of a larger file pieces are read
 
 
@@ -97,7 +102,7 @@ def fingerprints(place: str, config: Any = None) -> dict[str, str]:
     if not folder.is_dir():
         commit = getattr(config, "_commit_hash", None)
         return {"commit": str(commit)} if commit else {}
-    files = sorted(p for p in folder.iterdir() if p.suffix in _KINDS and p.is_file())
+    files = sorted({path for pattern in _READ for path in folder.glob(pattern) if path.is_file()})
     return {path.name: _digest(path) for path in files}
 
 

@@ -166,6 +166,7 @@ def test_what_a_run_depends_on_is_written_before_its_weights_load(
     base = Path(shutil.copytree(values["model"]["base"], tmp_path / "base"))
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    (base / "BUILD.json").write_text("{}")
     folder = tmp_path / "run"
     with pytest.raises(ModelError, match="the weights did not load"):
         train({**values, "model": {"base": str(base)}, "output": {"dir": str(folder)}})
@@ -180,6 +181,7 @@ def test_what_a_run_depends_on_is_written_before_its_weights_load(
     assert session["hardware"]["cores"] == os.cpu_count()
     assert session["threads"] == torch.get_num_threads()
     recorded = read_json(run.folder / "environment.json")["base"]
+    assert "BUILD.json" not in found["base"]  # which changes no number
     differing = {name for name in recorded if recorded[name] != found["base"][name]}
     assert differing == {"model.safetensors"} and "tokenizer.json" in recorded
 
