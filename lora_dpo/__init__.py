@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_dpo.reference_cache import with_reference_logps
     from lora_dpo.reference_store import stored_reference_logps
     from lora_dpo.reporting import report
+    from lora_dpo.reproducing import reproduce
     from lora_dpo.run import (
         diagnose,
         diagnose_preferences,
@@ -78,6 +79,7 @@ _HOME = {
     "push": "handing",
     "reference": "policy",
     "report": "reporting",
+    "reproduce": "reproducing",
     "sample": "sampling",
     "score": "scoring",
     "score_run": "scoring",
@@ -125,6 +127,7 @@ __all__ = [
     "push",
     "reference",
     "report",
+    "reproduce",
     "sample",
     "score",
     "score_run",

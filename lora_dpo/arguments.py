@@ -146,6 +146,16 @@ def argument_fields() -> set[str]:
     return set(_field_types()) - set(REFUSED)
 
 
+def asks(values: Mapping[str, Any], name: str) -> bool:
+    """Return whether a switch of the ``train`` section is on.
+
+    Args:
+        values: the section without our own keys, checked.
+        name: of the switch.
+    """
+    return bool(_converted(values.get(name, False), bool))
+
+
 def build_arguments(
     values: Mapping[str, Any], *, output_dir: str, evaluates: bool
 ) -> TrainingArguments:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lora_dpo.showing import Lines
 from lora_dpo.store import add_lines
 
 logger = logging.getLogger("lora_dpo")
@@ -26,7 +27,7 @@ def show_log_lines() -> None:
     """Show our own log lines on standard output, unless the program has set up logging itself."""
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(Lines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
@@ -87,6 +88,22 @@ class StopCallback(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class EndCallback(TrainerCallback):
+    """End a run after a step, with a checkpoint, whatever its schedule was made for."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> TrainerControl:
+        """Ask for the checkpoint and the end, unless the end is here anyway."""
+        if self.step <= state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
 
 
 class MovementCallback(TrainerCallback):

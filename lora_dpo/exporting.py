@@ -132,7 +132,7 @@ def export_merged(
     causal = causal_lm(policy)
     source = str(causal.config._name_or_path)
     check_source(source, revision, base)
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     dtype = dtype or _stored_dtype(config)
     original = _checkpoint_lookup(source, revision) if base == "original" else None
     with new_folder(to, overwrite=overwrite) as work:
@@ -237,7 +237,7 @@ def _check_tokenizer(
     tokenizer: Any, folder: Path, template_arguments: Mapping[str, Any] | None
 ) -> None:
     """Hold token ids of texts and of rendered chats against those of the tokenizer that is exported."""
-    again = AutoTokenizer.from_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     turns = [
         ("user", "How are you?"),
         ("assistant", " Fine.\n\n1 + 1 = 2"),

@@ -261,7 +261,7 @@ def encode_prompt(
     """Return the tokens of a prompt as training saw it: through the chat template, or plain.
 
     Raises:
-        ModelError: a chat, and a tokenizer without chat template.
+        ModelError: a chat, and a tokenizer without chat template, or with one that refuses it.
     """
     if not isinstance(prompt, str):
         if not tokenizer.chat_template:
@@ -269,12 +269,19 @@ def encode_prompt(
                 "the prompt is a chat and the tokenizer has no chat template; give plain text, or set "
                 "data.chat_template."
             )
-        text = tokenizer.apply_chat_template(
-            list(prompt),
-            tokenize=False,
-            add_generation_prompt=True,
-            **(template_arguments or {}),
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                list(prompt),
+                tokenize=False,
+                add_generation_prompt=True,
+                **(template_arguments or {}),
+            )
+        except Exception as error:  # a template is a program that came with the model
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"the chat template cannot render the prompt ({reason}); set data.chat_template to one "
+                "that can."
+            ) from None
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return one_bos(tokenizer, ids)[0]
     text, opened = without_bos(tokenizer, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,15 @@ _FREE_KEYS = {
 _OF_AN_EXPORT = ("export_proof.json", SMOKE_FILE)
 
 # What a run has written before its first step: a start that failed there can simply be repeated.
-_BEFORE_TRAINING = {".lock", "config.yaml", "data.json", "lengths.json", "plan.json", "reference"}
+_BEFORE_TRAINING = {
+    ".lock",
+    "config.yaml",
+    "data.json",
+    "environment.json",
+    "lengths.json",
+    "plan.json",
+    "reference",
+}
 
 
 def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
@@ -73,6 +82,32 @@ def settings_of_the_library() -> Iterator[None]:
         yield
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())[:500]}") from error
+
+
+@contextmanager
+def only_numbers() -> Iterator[None]:
+    """A checkpoint's files of the optimiser and the like hold numbers; what else is in one is refused."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OutputError(
+            f"the checkpoint: a file in it holds more than numbers, and was not loaded ({reason}). Resume "
+            "from another one, or start afresh in another output.dir."
+        ) from None
+
+
+def check_scaler(checkpoint: Path, scaler: Any) -> None:
+    """Refuse a checkpoint with the state of a gradient scaler where none is used.
+
+    Raises:
+        OutputError: says what goes on from it.
+    """
+    if (checkpoint / "scaler.pt").is_file() and scaler is None:
+        raise OutputError(
+            f"{checkpoint}: was written in float16 with a scale for gradients, and this run computes "
+            "without one; resume on a card and with a model.compute_dtype as before."
+        )
 
 
 def checkpoint_facts(config: Config) -> dict[str, Any]:

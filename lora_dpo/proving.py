@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from lora_dpo.errors import ExportError
 from lora_dpo.heads import causal_lm, compute_context, home_device
-from lora_dpo.policy import default_device, unwrap
+from lora_dpo.policy import (
+    as_published,
+    check_base_files,
+    check_config_files,
+    default_device,
+    unwrap,
+)
 
 GATE = 1e-4
 LOGIT_BYTES = 2**28
@@ -216,20 +222,35 @@ def load_plain(folder: Path, compute: torch.dtype) -> nn.Module:
     # The rest is for activations, and for the system to keep the files of the other layers at hand.
     room = {"cpu": free_memory() * 3 // 4} if on_cpu else None
     spilled = tempfile.TemporaryDirectory(prefix="lora-dpo-")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=compute,
-        device_map="auto",
-        max_memory=room,
-        offload_folder=spilled.name,
-        output_loading_info=True,
-    )
+    with as_published():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=_checked_config(folder),
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=compute,
+            device_map="auto",
+            max_memory=room,
+            offload_folder=spilled.name,
+            output_loading_info=True,
+        )
     model, info = loaded
     weakref.finalize(model, spilled.cleanup)
     wrong = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and "keys" in k}
     if wrong:
         raise ExportError(f"the merged folder does not load cleanly: {wrong}.")
     return model  # type: ignore[no-any-return]
+
+
+def _checked_config(folder: Path) -> Any:
+    """Return the config of a folder, which may be a stranger's, once its files are what they may be."""
+    from transformers import AutoConfig
+
+    check_base_files(str(folder), str(folder))
+    # said outright: left out, the library would ask, and an answer in a pipe would be taken
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_config_files(str(folder), config)
+    return config
 
 
 def free_memory() -> int:

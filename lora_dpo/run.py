@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lora_dpo.arguments import build_arguments
-from lora_dpo.callbacks import show_log_lines
+from lora_dpo.arguments import asks, build_arguments
+from lora_dpo.callbacks import EndCallback, show_log_lines
 from lora_dpo.card import model_card
 from lora_dpo.checkpoints import check_facts, latest_checkpoint
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import label_counts
+from lora_dpo.determinism import deterministic
 from lora_dpo.diagnostics import (
     Diagnosis,
     Effort,
@@ -31,8 +32,10 @@ from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by
 from lora_dpo.guards import (
     check_context,
     check_folder,
+    check_scaler,
     check_trackers,
     checkpoint_facts,
+    only_numbers,
     settings_of_the_library,
 )
 from lora_dpo.inspecting import data_card
@@ -55,20 +58,27 @@ from lora_dpo.preparing import (
 )
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
-from lora_dpo.stepping import fitted, row_length
+from lora_dpo.stepping import fitted, row_length, step_of
 from lora_dpo.store import lock, write_json, write_text
+from lora_dpo.surroundings import note_environment
 from lora_dpo.trainer import PreferenceTrainer
 from lora_dpo.watching import add_samples, plan_and_measurement
 
 logger = logging.getLogger("lora_dpo")
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> Run:
     """Train a policy as a config says, evaluate it on held-out rows, and return the run.
 
     Args:
         config: a ``Config``, a nested mapping, or the path of a YAML file.
         resume: go on from the newest whole checkpoint of ``output.dir``.
+        stop_after: the last step; learning rate and all else go as if the run were not cut short.
 
     Raises:
         LoraDpoError: a setting, file, model or folder that cannot be used; all of these before the
@@ -76,16 +86,23 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     """
     show_log_lines()
     config = _as_config(config).resolved()
+    with deterministic(asks(config.train.further, "full_determinism")):
+        return _train(config, resume=resume, stop_after=stop_after)
+
+
+def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
     folder = Path(config.output.dir)
     check_folder(folder, resume=resume)
     objective = bound_objective(config)
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
     check_trackers(arguments.report_to)
+    begun = 0
     if resume:
         checkpoint, facts, _ = latest_checkpoint(folder)
         expected = checkpoint_facts(config)
         check_facts(checkpoint, {key: facts.get(key) for key in expected}, expected)
+        begun = step_of(str(checkpoint))
     base = check_base(config.model)
     check_context(config, base)
     tokenizer = load_tokenizer(config)
@@ -98,12 +115,17 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=False)
     with lock(folder):
         _write_settings(folder, config, data)
+        note_environment(folder, config, base, data.train, data.held_out, begun)
         set_seed(arguments.seed)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
         with settings_of_the_library():
             trainer = _build_trainer(config, objective, arguments, data)
+        if resume:
+            check_scaler(checkpoint, trainer.accelerator.scaler)
         add_samples(trainer, config.output, tokenizer, data.held_out)
+        if stop_after is not None:
+            trainer.add_callback(EndCallback(stop_after))
         if (start := config.model.adapter) is not None and not resume:
             save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
@@ -111,7 +133,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         rows = "pairs" if objective.data == "paired" else "rows"
         logger.info("a step: %d x %d %s", trainer.micro_batch, accumulated, rows)
         began = time.monotonic()
-        with plan_and_measurement(trainer, folder / "plan.json"):
+        with plan_and_measurement(trainer, folder / "plan.json"), only_numbers():
             trainer.train(resume_from_checkpoint=resume or None)
         minutes, peak = (time.monotonic() - began) / 60, peak_gib(trainer.args.device)
         logger.info("trained in %.1f minutes; peak memory %.1f GiB", minutes, peak)

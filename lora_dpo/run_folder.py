@@ -2,6 +2,7 @@
 
 RUN/
   config.yaml        the resolved config; reproduces the run
+  environment.json   versions, hardware, git, fingerprints of base and data; a line a start
   run.json           versions, what the reference was, results
   data.json          what was dropped, truncated or repaired, with examples
   lengths.json       rows that were trained on and held out: sha256, lengths in tokens
@@ -18,6 +19,7 @@ RUN/
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,9 +157,9 @@ class Run:
             best = self.results.get("best_checkpoint")
             if not best:
                 raise OutputError(f"{self.folder}: no best checkpoint is recorded; use 'final'.")
-            folder = self.folder / best
+            folder = self.folder / _name(best)
         else:
-            folder = self.folder / f"checkpoint-{checkpoint.removeprefix('checkpoint-')}"
+            folder = self.folder / _name(f"checkpoint-{checkpoint.removeprefix('checkpoint-')}")
         if not (folder / "adapter_config.json").is_file():
             found = [path.name for path in list_checkpoints(self.folder)]
             raise OutputError(
@@ -165,6 +167,15 @@ class Run:
                 f"{' and adapter/' if (self.folder / 'adapter').is_dir() else ' (training did not end)'}."
             )
         return folder
+
+
+def _name(checkpoint: str) -> str:
+    """Return the name of a checkpoint; a path that leads elsewhere is none."""
+    if not re.fullmatch(r"checkpoint-[0-9]+", checkpoint):
+        raise OutputError(
+            f"checkpoint {checkpoint!r}: expected final, best, or the step of a checkpoint, as 100."
+        )
+    return checkpoint
 
 
 def bound_objective(config: Config) -> BoundObjective:

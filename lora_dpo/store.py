@@ -110,6 +110,8 @@ def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
 def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Append to a file of JSON lines, in a folder that may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():  # a folder from elsewhere may hold one to any file of this machine
+        raise OutputError(f"{path}: is a link, to which nothing is appended; put a file there.")
     with path.open("a", encoding="utf-8") as stream:
         for entry in entries:
             stream.write(json_line(entry) + "\n")
@@ -161,6 +163,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     for name, expected in manifest["files"].items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise OutputError(
+                f"{folder / MANIFEST}: names {name!r}, which lies outside of {folder}."
+            )
         if not path.is_file():
             raise OutputError(f"{path}: missing, though the manifest of {folder} lists it.")
         if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:

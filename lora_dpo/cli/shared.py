@@ -48,7 +48,9 @@ def user_errors() -> Iterator[None]:
         print("error: " + "\n".join(lines), file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written to
-        print(f"error: {error}", file=sys.stderr)
+        from lora_dpo.showing import visible
+
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -63,7 +65,11 @@ def one_of(option: str, value: str, legal: tuple[str, ...]) -> None:
 def quiet_libraries(stream: TextIO | None = None) -> None:
     """Our own lines on the console; of the libraries only what a user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream or sys.stdout)
+    from lora_dpo.showing import Lines
+
+    handler = logging.StreamHandler(stream or sys.stdout)
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lora_dpo").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_dpo.cli.shared import Overrides, app, quiet_libraries, user_errors
+from lora_dpo.cli.shared import (
+    Overrides,
+    RunFolder,
+    app,
+    quiet_libraries,
+    show,
+    user_errors,
+)
 
 PANEL = "Training"
 
@@ -54,6 +63,29 @@ def sft(
         from lora_dpo.finetuning import sft as run_sft
 
         run_sft(checked, resume=resume)
+
+
+@app.command(
+    rich_help_panel=PANEL, epilog="Example: lora-dpo reproduce runs/mistral-7b-dpo --to runs/again"
+)
+def reproduce(
+    run: RunFolder,
+    to: Annotated[Path | None, typer.Option(help="The new folder; RUN-again if left out.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="How far a figure may be off; 0 asks for the same bits.")
+    ] = 0.0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run a run again from its own folder and compare every figure and byte. Exit 1 if they differ."""
+    with user_errors():
+        quiet_libraries(sys.stderr if json_ else None)
+        from lora_dpo.reproducing import reproduce as run_again
+
+        with redirect_stdout(sys.stderr) if json_ else nullcontext():  # training tells its steps
+            found = run_again(run, to=to, tolerance=tolerance)
+        show(found, json_)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: lora-dpo quickstart --to quickstart-run")

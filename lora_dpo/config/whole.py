@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from lora_dpo.config.problems import problems_between, sentences
 from lora_dpo.config.reading import override, read_yaml, set_key
+from lora_dpo.config.secret_values import secret_problems
 from lora_dpo.config.sections import (
     DataConfig,
     LoraConfig,
@@ -45,7 +46,8 @@ class Config(Section):
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
         """Check a nested mapping; all problems are collected into one ``ConfigError``."""
-        problems: list[str] = []
+        if problems := secret_problems(values):  # alone: other sentences repeat what was given
+            raise ConfigError(problems)
         config = None
         # an empty section of a YAML is None, and means its defaults
         values = {key: {} if value is None else value for key, value in values.items()}

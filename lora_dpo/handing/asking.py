@@ -8,12 +8,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from lora_dpo.errors import ConfigError, ModelError
+from lora_dpo.judging.endpoint import is_loopback
+from lora_dpo.showing import visible
 
 _TOP = 10
+_MOST_BYTES = 1 << 24  # of an answer
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,15 @@ class Endpoint:
         key_variable: str | None = None,
         timeout: float = 120,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{url}: not an address; expected one like http://127.0.0.1:8000.")
+        parts = _checked(url)
         self._root = url.rstrip("/") + ("" if parts.path.rstrip("/").endswith("/v1") else "/v1")
         self._key = os.environ.get(key_variable) if key_variable else None
         if key_variable and not self._key:
             raise ConfigError(f"--api-key-variable {key_variable}: no such environment variable.")
         self._timeout = timeout
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        # a proxy of the environment would get what is to stay on this machine
+        direct = [urllib.request.ProxyHandler({})] if is_loopback(parts.hostname or "") else []
+        self._open = urllib.request.build_opener(_NoRedirect, *direct).open
         self.model = model or self._first_model()
 
     def ask(self, prompt: Mapping[str, Any], record: Mapping[str, Any], tokens: int) -> Reply:
@@ -106,16 +110,38 @@ class Endpoint:
             request.add_header("Authorization", f"Bearer {self._key}")
         try:
             with self._open(request, timeout=self._timeout) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read(_MOST_BYTES))
         except urllib.error.HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace").strip()
+            said = self._harmless(error.read(300).decode("utf-8", "replace"))
             raise ModelError(f"{where}: the server answered {error.code} ({said}).") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, ValueError, RecursionError, HTTPException) as error:
+            reason = self._harmless(str(getattr(error, "reason", error)))
             raise ModelError(
                 f"{where}: no answer that could be read ({reason}). Is the server up, and is this its "
                 "address?"
             ) from None
+
+    def _harmless(self, text: str) -> str:
+        """Return what a server said, without the key should it send that back."""
+        return visible((text.replace(self._key, "[key]") if self._key else text).strip())
+
+
+def _checked(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ConfigError(
+            f"{url}: not an address; expected one like http://127.0.0.1:8000."
+        ) from None
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ConfigError(
+            f"the address of {parts.hostname}: holds a user, a password, a query or a fragment, which "
+            "would be printed with it. Give http(s)://host, and a key with --api-key-variable."
+        )
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"{url}: not an address; expected one like http://127.0.0.1:8000.")
+    return parts
 
 
 def _read(answer: Any, path: str) -> Reply:

@@ -234,7 +234,9 @@ class _Order:
 def _check_gguf(order: _Order, kind: str | None, llama_cpp: str | Path | None) -> None:
     if kind:
         base = order.run.config.model.base
-        settings = AutoConfig.from_pretrained(base, revision=order.revision)
+        settings = AutoConfig.from_pretrained(
+            base, revision=order.revision, trust_remote_code=False
+        )
         check_gguf(kind, llama_cpp, settings, order.tokenizer)
     elif llama_cpp:
         raise ConfigError("export: --llama-cpp writes GGUF; say which, as --gguf q8_0.")

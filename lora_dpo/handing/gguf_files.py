@@ -105,10 +105,11 @@ def write_gguf(
         OutputError: the file exists.
         ExportError: a file that is not what it was made from; it is not kept.
     """
-    path, kind = Path(folder), kind.lower()
+    path, kind = Path(folder).absolute(), kind.lower()  # a name may begin with a dash
     if not (path / "config.json").is_file():
         raise OutputError(f"{path}: no merged weights there (config.json is missing).")
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     check_gguf(kind, llama_cpp, config, tokenizer)
     target = path / f"model-{kind}.gguf"
     if target.exists():
@@ -153,7 +154,9 @@ def _write_by_llama_cpp(folder: Path, target: Path, kind: str, checkout: Path) -
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[-600:]
         raise ExportError(f"{Path(command[1]).name}: ended with {done.returncode}: {said}")

@@ -77,8 +77,8 @@ def write_by_package(
         template_arguments: variables for the chat template, as training had them.
     """
     gguf = gguf_package()
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_convertible(config, tokenizer)
     architecture, _ = _architecture(config)
     writer = gguf.GGUFWriter(target, architecture, use_temp_file=True)

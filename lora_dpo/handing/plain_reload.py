@@ -24,10 +24,12 @@ def reload(folder: Path, memory: int) -> dict[str, Any]:
     """
     record = json.loads((folder / "smoke_test.json").read_text(encoding="utf-8"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with tempfile.TemporaryDirectory(prefix="lora-dpo-") as spilled:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            trust_remote_code=False,
+            use_safetensors=True,
             dtype=torch.float32,
             device_map="auto",
             max_memory=None if torch.cuda.is_available() else {"cpu": memory},

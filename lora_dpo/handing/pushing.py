@@ -81,6 +81,7 @@ def push(
     check_repo_id(repo_id)
     if not is_export(path):
         raise OutputError(f"{path}: holds no export of ours; give the folder that 'export' wrote.")
+    _refuse_links(path)
     api, sending = HfApi(), False
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -100,6 +101,17 @@ def push(
         raise OutputError(
             f"push {repo_id}: {_said(error)}. {path} is whole and as it was; once that is mended: {again}"
         ) from None
+
+
+def _refuse_links(folder: Path) -> None:
+    """A link to elsewhere would send a file of this machine that nobody has named."""
+    inside = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and inside not in path.resolve().parents:
+            raise OutputError(
+                f"{path}: is a link to a file outside of {folder}, which would be sent; remove it, or "
+                "put a copy of the file there."
+            )
 
 
 def _refuse_full(api: HfApi, repo_id: str, overwrite: bool) -> None:

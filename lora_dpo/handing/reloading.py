@@ -32,7 +32,9 @@ def reload_in_a_fresh_process(folder: Path, *, gated: bool) -> str:
     """
     room = str(free_memory() * 3 // 4)
     command = [sys.executable, str(PROGRAM), str(folder), room]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     try:
         found = json.loads(done.stdout.strip().rpartition("\n")[2])
     except ValueError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from rich.console import RenderableType
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
@@ -141,7 +142,38 @@ def _record(folder: Path) -> Mapping[str, Any]:
     record = read_json(path)
     if not isinstance(record, dict) or not record.get("prompts"):
         raise OutputError(f"{path}: holds no prompts; export again.")
+    try:  # it may be a stranger's
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise OutputError(
+            f"{path}: is not what 'lora-dpo export' writes ({where}: {first['msg']}); export again."
+        ) from None
     return record
+
+
+class _Token(BaseModel):
+    id: NonNegativeInt
+    token: str
+    logprob: float
+
+
+class _Prompt(BaseModel):
+    text: str
+    messages: list[dict[str, Any]] | None
+    token_ids: list[NonNegativeInt] = Field(min_length=1)
+    first_token: list[_Token] = Field(min_length=1)
+    answer_ids: list[NonNegativeInt]
+    answer: str
+    stopped: bool
+
+
+class _Record(BaseModel):
+    template_arguments: dict[str, Any]
+    stop_ids: list[NonNegativeInt]
+    tolerance: float = Field(gt=0)
+    prompts: list[_Prompt]
 
 
 def _of_folder(
@@ -149,7 +181,7 @@ def _of_folder(
 ) -> Iterator[Found]:
     is_adapter, base = _base_of(folder, base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: no tokenizer could be read ({' '.join(str(error).split())[:200]})."
@@ -183,7 +215,12 @@ def _of_folder(
                    "export again"),
             None,
         )  # fmt: skip
+    known_tokens = model.get_input_embeddings().num_embeddings
     for prompt in record["prompts"]:
+        if max(prompt["token_ids"]) >= known_tokens:
+            what = f"{prompt['text']!r}: holds tokens that the model does not have"
+            yield Check("first token", "blocks", what, "export again"), None
+            continue
         values = first_token_logprobs(model, prompt["token_ids"])
         found = dict(enumerate(values.tolist()))
         top = str(tokenizer.decode([int(values.argmax())]))

@@ -68,7 +68,7 @@ class EndpointJudge:
                 follow_redirects=False,
                 timeout=timeout,
                 # a proxy of the environment would get what is to stay on this machine
-                trust_env=not _is_loopback(place.hostname or ""),
+                trust_env=not is_loopback(place.hostname or ""),
             ),
         )
         # what the library reads from the environment is not for this host
@@ -169,12 +169,13 @@ def _key(place: SplitResult, where: str, variable: str | None) -> str:
                 "put the key alone there."
             )
         return key
-    private = place.scheme == "https" or _is_loopback(place.hostname or "")
+    private = place.scheme == "https" or is_loopback(place.hostname or "")
     there = private and os.environ.get(DEFAULT_KEY, "").strip()
     return _key(place, where, DEFAULT_KEY) if there else NO_KEY
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
     if host == "localhost":
         return True
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import secrets
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -19,6 +20,7 @@ from lora_dpo.labelling.session import Session
 
 ADDRESS = "127.0.0.1"
 MOST_BYTES = 4096  # of a request's body; an answer takes some 40
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _FILES = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
@@ -123,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any] | None:
         length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not length.isdigit():
+        if self.headers.get_content_type() != "application/json" or not _LENGTH.fullmatch(length):
             self.send_error(415)
             return None
         if int(length) > MOST_BYTES:
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         try:
             body = json.loads(self.rfile.read(int(length)))
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             self.send_error(400)

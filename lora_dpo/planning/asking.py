@@ -27,6 +27,7 @@ from lora_dpo.planning.plans import Plan, make_plan
 from lora_dpo.policy import (
     REFERENCE,
     adapter_folder,
+    check_adapter_settings,
     check_base,
     compute_dtype,
     peft_config,
@@ -242,10 +243,11 @@ def _dtype(asked: str, card: Card | None, *, given: bool) -> torch.dtype:
 
 def _stored_lora(adapter: str) -> Any:
     try:
-        return peft.PeftConfig.from_pretrained(
-            str(adapter_folder(adapter))
-        )  # a LoraConfig, or refused at loading
+        folder = adapter_folder(adapter)
+        found = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.adapter {adapter!r}: no adapter's config could be read ({error})."
         ) from None
+    check_adapter_settings(folder / "adapter_config.json", found.to_dict())
+    return found

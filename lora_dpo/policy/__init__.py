@@ -22,6 +22,12 @@ from lora_dpo.policy.bases import (
     without_dropout,
 )
 from lora_dpo.policy.facts import PolicyFacts, adapter_change, describe_policy
+from lora_dpo.policy.files import (
+    as_published,
+    check_adapter_settings,
+    check_base_files,
+    check_config_files,
+)
 from lora_dpo.policy.identity import reference_identity
 from lora_dpo.policy.moving import (
     MOVING_FILE,
@@ -57,7 +63,11 @@ __all__ = [
     "adapter_change",
     "adapter_folder",
     "add_adapter",
+    "as_published",
+    "check_adapter_settings",
     "check_base",
+    "check_base_files",
+    "check_config_files",
     "compute_dtype",
     "default_device",
     "dequantised",

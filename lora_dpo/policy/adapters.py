@@ -36,6 +36,7 @@ from lora_dpo.policy.checks import (
     refuse_tied_head,
     refuse_unmatched,
 )
+from lora_dpo.policy.files import check_adapter_files, check_adapter_settings
 from lora_dpo.policy.switching import REFERENCE, policy_adapter, unwrap
 
 logger = logging.getLogger("lora_dpo")
@@ -200,6 +201,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path, reference: Path | None) -
     """Put a saved policy back on its base, with the frozen reference beside it if it has one."""
     policy = _from_pretrained(base, adapter)
     if reference is not None:
+        _check_saved(reference)
         try:
             policy.load_adapter(str(reference), REFERENCE, is_trainable=False)
         except (ValueError, OSError, RuntimeError) as error:
@@ -276,13 +278,16 @@ def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
 def _check_saved(adapter: Path) -> dict[str, Any]:
     """Return the settings of a saved adapter, refused where they rewrote the base."""
-    path = adapter_folder(adapter) / ADAPTER_FILE
+    folder = adapter_folder(adapter)
+    path = folder / ADAPTER_FILE
     try:
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{path}: not readable as JSON ({error}); the adapter is damaged."
         ) from None
+    check_adapter_settings(path, stored)
+    check_adapter_files(folder)
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ModelError(CHANGED_BASE.format(where=path, init=init))

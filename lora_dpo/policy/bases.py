@@ -14,6 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lora_dpo.config import ModelConfig
 from lora_dpo.errors import ModelError
+from lora_dpo.policy.files import (
+    as_published,
+    check_base_files,
+    check_config_files,
+    tell_of_code,
+)
 from lora_dpo.showing import bars_on_terminals_only
 
 DTYPES = {
@@ -62,6 +68,8 @@ def check_base(settings: ModelConfig) -> Any:
     where = f"model.base {settings.base!r}"
     if settings.base.startswith((".", "/", "~")) and not Path(settings.base).is_dir():
         raise ModelError(f"{where}: no such folder. Give a folder with config.json, or a hub id.")
+    check_base_files(where, settings.base)
+    tell_of_code(settings)
     try:
         config = AutoConfig.from_pretrained(
             settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -72,6 +80,7 @@ def check_base(settings: ModelConfig) -> Any:
             f"{where}: no causal language model could be read there ({reason}). Give a folder with "
             "config.json, or a hub id that this machine can reach."
         ) from None
+    check_config_files(where, config, settings.attention)
     _refuse_architecture(where, config)
     _refuse_quantisation(where, config, settings)
     if settings.embeddings_on_cpu:
@@ -105,7 +114,7 @@ def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreT
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
     try:
-        with bars_on_terminals_only():
+        with bars_on_terminals_only(), as_published():
             base = AutoModelForCausalLM.from_pretrained(
                 settings.base,
                 revision=settings.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 
 # Control characters, formatting ones (bidirectional, zero-width, tags), halves of characters, and
@@ -29,3 +30,11 @@ def _shown(character: str) -> str:
     if unicodedata.category(character) in _HIDDEN:
         return f"⟨U+{ord(character):04X}⟩"
     return character
+
+
+class Lines(logging.Formatter):
+    """Log lines as they are, in which what comes from data, models and files is shown and not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message, with its own line ends."""
+        return "\n".join(visible(line) for line in super().format(record).split("\n"))
