@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test docs coverage mutation clean
+.PHONY: quickstart test processes docs coverage mutation clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -17,6 +17,9 @@ quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offl
 
 test: $(VENV)/.installed-test  ## lint, types and all tests
 	scripts/check $(BIN)
+
+processes: $(VENV)/.installed-test  ## the campaign of several processes, some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v
 
 docs: $(VENV)/.installed-docs  ## the site, in docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lora_dpo.ranks import largest, launched_as
 from lora_dpo.showing import Lines
 from lora_dpo.store import add_lines
 
@@ -24,12 +27,17 @@ logger = logging.getLogger("lora_dpo")
 
 
 def show_log_lines() -> None:
-    """Show our own log lines on standard output, unless the program has set up logging itself."""
+    """Show our own log lines on standard output, unless the program has set up logging itself.
+
+    Of several processes the first one speaks; the others tell errors alone.
+    """
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(Lines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    if launched_as() > 0:
+        logger.setLevel(logging.ERROR)
 
 
 class JsonlCallback(TrainerCallback):
@@ -52,15 +60,26 @@ class JsonlCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end. A second signal ends at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end. A second signal ends at once.
+
+    Of several processes all end at the same step, whichever of them got the signal. Their launcher
+    sends on what the terminal has sent them already: within some seconds that is no second signal.
+    """
+
+    SAME = 5.0  # seconds
 
     def __init__(self) -> None:
         self.signal: int | None = None
+
+    def agree(self) -> None:
+        """Take over the signal that another process has got."""
+        self.signal = int(largest(self.signal or 0)) or None
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> TrainerControl:
         """Ask for the checkpoint and the end."""
+        self.agree()
         if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -76,10 +95,20 @@ class StopCallback(TrainerCallback):
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+        began: float | None = None
+
         def note(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            print("stopping: the step is finished and a checkpoint saved first", file=sys.stderr)
-            signal.signal(number, before[signal.Signals(number)])
+            nonlocal began
+            self.signal, now = number, time.monotonic()
+            if began is None:
+                print(
+                    "stopping: the step is finished and a checkpoint saved first", file=sys.stderr
+                )
+                began = now
+            if "TORCHELASTIC_RUN_ID" not in os.environ:
+                signal.signal(number, before[signal.Signals(number)])
+            elif now - began > self.SAME:
+                raise KeyboardInterrupt
 
         for number in before:
             signal.signal(number, note)

@@ -21,6 +21,7 @@ from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
 from lora_dpo.policy import shaken, unwrap
+from lora_dpo.randomness import forked
 from lora_dpo.stepping import row_length
 
 Engine = Literal["auto", "fast", "plain"]
@@ -219,7 +220,7 @@ class _Proof:
         device = home_device(self.model)
         batch = lay_out(self.rows, flat=flat).to(device)
         try:
-            with torch.enable_grad(), torch.random.fork_rng(), shaken(self.model):
+            with torch.enable_grad(), forked(), shaken(self.model):
                 theirs = []
                 if self.with_reference:
                     ours, other = both_logps(self.model, batch, chunk=self.chunk)

@@ -16,6 +16,7 @@ from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ModelError
 from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference, unwrap
+from lora_dpo.randomness import forked
 from lora_dpo.showing import Told
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -93,7 +94,7 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
+        with forked(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
             stops = _Stops.of(model, tokenizer, template_arguments)
             for start in range(0, len(prompts), batch_size):
@@ -215,7 +216,7 @@ def sample_ids(
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), reference(model) if as_reference else nullcontext():
+        with forked(), reference(model) if as_reference else nullcontext():
             torch.manual_seed(seed)
             stops = _Stops.of(model, tokenizer, template_arguments)
             for start in range(0, len(prompts), batch_size):

@@ -4,6 +4,9 @@ Where the rows of an objective do not touch each other, each micro-batch is run 
 turn. Where they do (KTO's baseline, AOT's sort), a first pass without graphs collects the statistics
 of the whole step, the objective is differentiated with respect to these, and a second pass carries
 that gradient into the model, a micro-batch at a time: exact, for the price of one more forward pass.
+
+Several processes deal the micro-batches of a step among themselves; statistics and losses are gathered,
+so that each of them knows those of the whole step.
 """
 
 from __future__ import annotations
@@ -18,16 +21,17 @@ from torch import Tensor, nn
 
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
-from lora_dpo.randomness import random_state, restore_random
+from lora_dpo.randomness import random_state, restore_random, seeded
+from lora_dpo.ranks import check_averaged, gathered, places, processes, rank, share
 from lora_dpo.stats import AnyStats
-from lora_dpo.stepping import batch_tokens
+from lora_dpo.stepping import Batches, batch_tokens
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimiser step found: statistics without gradient, and losses ``[rows]``."""
+    """What an optimiser step found in all processes: statistics without gradient, losses ``[rows]``."""
 
     stats: AnyStats
     losses: Tensor
@@ -42,18 +46,18 @@ class Passes:
         collect: ``(model, rows, gradient_only) -> stats``.
         backward: what takes a loss backwards (accelerate's, which scales and counts).
         no_sync: a context in which gradients of ranks are not yet added up.
-        micro_batch: rows at a time.
-        max_tokens: tokens at a time, in place of rows; a longer row has a micro-batch to itself.
+        batches: rows or tokens at a time; a row of more tokens has a micro-batch to itself.
         flat: whether they are laid end to end; else padding counts.
+        seed: of what an objective draws that couples rows, of this step alone.
     """
 
     objective: BoundObjective
     collect: Callable[[nn.Module, Sequence[Row], bool], AnyStats]
     backward: Callable[[Tensor], None]
     no_sync: Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
-    micro_batch: int
-    max_tokens: int | None = None
+    batches: Batches
     flat: bool = True
+    seed: int = 0
 
     def __call__(
         self,
@@ -61,34 +65,49 @@ class Passes:
         rows: Sequence[Row],
         states: States,
         *,
-        scale: float,
         tokens_a_row: float,
     ) -> Step:
-        """Backpropagate ``scale`` times the sum of the losses of ``rows``.
+        """Backpropagate the mean of the losses of ``rows``.
 
         Args:
-            scale: 1 / rows of the step (times the ranks, whose gradients are averaged).
+            model: as accelerate prepared it.
+            rows: of the whole step, the same in every process.
+            states: what the objective remembers.
             tokens_a_row: mean completion length of the step, which token means divide by.
         """
+        check_averaged(model)
         parts = self._parts(rows)
-        if self.objective.couples_rows and len(parts) > 1:
-            return self._in_two_passes(model, parts, states, scale, tokens_a_row)
+        if self.objective.couples_rows and (len(parts) > 1 or processes() > 1):
+            return self._in_two_passes(model, parts, states, tokens_a_row)
+        scale = processes() / len(rows)  # gradients of processes are averaged
+        own = share(parts)
         found = []
-        for part, syncing in self._synchronised(model, parts):
+        for part, syncing in self._synchronised(model, own or [parts[0][:1]]):
             with syncing:
                 stats = self.collect(model, part, False)
-                losses = self.objective(stats, states, tokens_a_row=tokens_a_row)
-                self.backward(losses.sum() * scale)
+                losses = self._losses(stats, states, tokens_a_row)
+                # the others wait for a process without rows: it runs one that counts nothing
+                self.backward(losses.sum() * (scale if own else 0.0))
             found.append(Step(stats.detach(), losses.detach()))
-        return Step(_cat([s.stats for s in found]), torch.cat([s.losses for s in found]))
+        stats, losses = _cat([s.stats for s in found]), torch.cat([s.losses for s in found])
+        values = gathered({**stats.present(), "losses": losses}, parts)
+        losses = values.pop("losses")
+        return Step(type(stats)(**values), losses)
+
+    def _losses(self, stats: AnyStats, states: States, tokens_a_row: float) -> Tensor:
+        if not self.objective.couples_rows:
+            return self.objective(stats, states, tokens_a_row=tokens_a_row)
+        with seeded(self.seed):  # what is drawn for a whole step is the same in every process
+            return self.objective(stats, states, tokens_a_row=tokens_a_row)
 
     def _parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         """Return the rows in their order, split by number or by tokens."""
-        if self.max_tokens is None:
-            return [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        width, most = self.batches.micro_batch, self.batches.max_tokens
+        if most is None:
+            return [rows[i : i + width] for i in range(0, len(rows), width)]
         parts: list[list[Row]] = []
         for row in rows:
-            if not parts or batch_tokens([*parts[-1], row], self.flat) > self.max_tokens:
+            if not parts or batch_tokens([*parts[-1], row], self.flat) > most:
                 parts.append([])
             parts[-1].append(row)
         return list(parts)
@@ -98,27 +117,30 @@ class Passes:
         model: nn.Module,
         parts: Sequence[Sequence[Row]],
         states: States,
-        scale: float,
         tokens_a_row: float,
     ) -> Step:
         randomness, found = [], []
+        own = share(parts) or [parts[0][:1]]
         with torch.no_grad():
-            for part in parts:
+            for part in own:
                 randomness.append(random_state())
                 found.append(self.collect(model, part, False))
         after = random_state()
-        whole = _cat(found)
+        stats = _cat(found)
+        whole = type(stats)(**gathered(stats.present(), parts))
         leaves = whole.map(lambda name, v: v.clone().requires_grad_() if _moves(name) else v)
-        with torch.enable_grad():
-            losses = self.objective(leaves, states, tokens_a_row=tokens_a_row)
-            (losses.sum() * scale).backward()
+        with torch.enable_grad():  # in every process alike, from the same values
+            losses = self._losses(leaves, states, tokens_a_row)
+            (losses.sum() * (processes() / len(whole))).backward()
+        mine = places(parts, rank())
         gradients = {
-            name: leaf.grad for name, leaf in leaves.present().items() if leaf.grad is not None
+            # zeros where this process has no rows, and runs one for the others
+            name: leaf.grad[mine] if mine else torch.zeros_like(leaf.grad[:1])
+            for name, leaf in leaves.present().items()
+            if leaf.grad is not None
         }
         start = 0
-        for (part, syncing), before in zip(
-            self._synchronised(model, parts), randomness, strict=True
-        ):
+        for (part, syncing), before in zip(self._synchronised(model, own), randomness, strict=True):
             restore_random(before)  # the same dropout and draws as in the first pass
             with syncing:
                 values = self.collect(model, part, True).present()

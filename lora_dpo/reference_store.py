@@ -28,6 +28,7 @@ from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import reference_identity
+from lora_dpo.ranks import agreed, processes, share, wait
 from lora_dpo.reference_cache import reference_batches, with_columns
 from lora_dpo.showing import bar
 from lora_dpo.store import fingerprint, lock, write_bytes, write_json
@@ -91,11 +92,10 @@ def stored_rows(
             "runs in every step",
             objective.name,
         )
-    store = ReferenceStore(policy, Path(folder))
-    return [
-        None if data is None else store.rows_of(data, batch_size=batch_size, chunk=chunk)
-        for data in sets
-    ]
+    how: dict[str, Any] = {"batch_size": batch_size, "chunk": chunk, "together": True}
+    with agreed():
+        store = ReferenceStore(policy, Path(folder))
+        return [data and store.rows_of(data, **how) for data in sets]
 
 
 class ReferenceStore:
@@ -121,15 +121,29 @@ class ReferenceStore:
             ) from None
         self.seconds = time.monotonic() - began
 
-    def rows_of(self, data: Tokenised, *, batch_size: int, chunk: int) -> Tokenised:
-        """Return the rows with all their log-probs, after computing and storing unknown ones."""
+    def rows_of(
+        self, data: Tokenised, *, batch_size: int, chunk: int, together: bool = False
+    ) -> Tokenised:
+        """Return the rows with all their log-probs, after computing and storing unknown ones.
+
+        Args:
+            data, batch_size, chunk: as in ``stored_reference_logps``.
+            together: whether all processes do this now, each computing its share.
+        """
         began = time.monotonic()
         keys = answer_keys(data)
         shards, damaged = self._read()
         known = _lookup(shards.values(), keys)
         unknown = int(np.isnan(known).sum())
-        if unknown:
-            self._fill(data, keys, known, batch_size=batch_size, chunk=chunk)
+        settings = {"batch_size": batch_size, "chunk": chunk}
+        if together and processes() > 1:
+            wait()  # until all have looked, before one of them writes
+            with agreed():
+                self._fill(data, keys, known, share(_rows_to_run(keys, known)), **settings)
+            shards, damaged = self._read()
+            known = _lookup(shards.values(), keys)
+        if np.isnan(known).any():  # all of it, or what another process could not write
+            self._fill(data, keys, known, _rows_to_run(keys, known), **settings)
         for path in damaged:  # what of it is needed stands in new files
             _remove_damaged(path)
         if len(shards) > MANY:
@@ -143,10 +157,16 @@ class ReferenceStore:
         return with_columns(data, torch.from_numpy(known))
 
     def _fill(
-        self, data: Tokenised, keys: Keys, known: Table, *, batch_size: int, chunk: int
+        self,
+        data: Tokenised,
+        keys: Keys,
+        known: Table,
+        rows: Sequence[int],
+        *,
+        batch_size: int,
+        chunk: int,
     ) -> None:
-        """Compute what is NaN in ``known`` and write it there and to disk, each answer once."""
-        rows = _rows_to_run(keys, known)
+        """Compute what is NaN of ``rows`` in ``known`` and write it there and to disk, each answer once."""
         values: dict[bytes, float] = {}
         done, pending, last = 0, {}, time.monotonic()
         try:
@@ -169,7 +189,7 @@ class ReferenceStore:
         finally:  # an interruption keeps what is there
             self._write(pending)
         for place in zip(*np.nonzero(np.isnan(known)), strict=True):
-            known[place] = values[bytes(keys[place])]
+            known[place] = values.get(bytes(keys[place]), np.nan)
 
     def _write(self, values: dict[bytes, float]) -> None:
         finite = {key: value for key, value in values.items() if np.isfinite(value)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ from lora_dpo.preparing import (
     reference_cache,
     tokenise_rows,
 )
+from lora_dpo.ranks import agreed, first_alone, processes, rank, refuse_launch
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
-from lora_dpo.stepping import fitted, row_length, step_of
+from lora_dpo.stepping import fitted, row_length, rows_a_step, step_of
 from lora_dpo.store import lock, write_json, write_text
 from lora_dpo.surroundings import note_environment
 from lora_dpo.trainer import PreferenceTrainer
@@ -85,6 +87,7 @@ def train(
             weights load, and nothing is written.
     """
     show_log_lines()
+    refuse_launch()
     config = _as_config(config).resolved()
     with deterministic(asks(config.train.further, "full_determinism")):
         return _train(config, resume=resume, stop_after=stop_after)
@@ -100,38 +103,42 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
     begun = 0
     if resume:
         checkpoint, facts, _ = latest_checkpoint(folder)
-        expected = checkpoint_facts(config)
+        expected = {**checkpoint_facts(config), "rows_a_step": rows_a_step(arguments)}
         check_facts(checkpoint, {key: facts.get(key) for key in expected}, expected)
         begun = step_of(str(checkpoint))
     base = check_base(config.model)
     check_context(config, base)
-    tokenizer = load_tokenizer(config)
-    data = prepare_data(config, tokenizer, objective.data)
-    train_rows, held_out = fitted(objective, data.train, data.held_out)
+    with first_alone():  # the others find the tokens that it has stored
+        tokenizer = load_tokenizer(config)
+        data = prepare_data(config, tokenizer, objective.data)
+        train_rows, held_out = fitted(objective, data.train, data.held_out)
     data = replace(data, train=train_rows, held_out=held_out)
     for line in data.lines():
         logger.info(line)
     if evaluates and data.held_out is None:  # too few prompts to hold any out
         arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=False)
-    with lock(folder):
-        _write_settings(folder, config, data)
-        note_environment(folder, config, base, data.train, data.held_out, begun)
+    with ExitStack() as held:
+        with agreed():
+            if rank() == 0:
+                held.enter_context(lock(folder))
+                _write_settings(folder, config, data)
+                note_environment(folder, config, base, data.train, data.held_out, begun)
         set_seed(arguments.seed)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
-        with settings_of_the_library():
+        with agreed(), settings_of_the_library():
             trainer = _build_trainer(config, objective, arguments, data)
-        if resume:
-            check_scaler(checkpoint, trainer.accelerator.scaler)
-        add_samples(trainer, config.output, tokenizer, data.held_out)
+            if resume:
+                check_scaler(checkpoint, trainer.accelerator.scaler)
+            add_samples(trainer, config.output, tokenizer, data.held_out)
         if stop_after is not None:
             trainer.add_callback(EndCallback(stop_after))
         if (start := config.model.adapter) is not None and not resume:
-            save_adapter(trainer.model, folder / "reference", adapter="reference")
+            with agreed():
+                if rank() == 0:
+                    save_adapter(trainer.model, folder / "reference", adapter="reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
-        accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
-        rows = "pairs" if objective.data == "paired" else "rows"
-        logger.info("a step: %d x %d %s", trainer.micro_batch, accumulated, rows)
+        _tell_step(trainer)
         began = time.monotonic()
         with plan_and_measurement(trainer, folder / "plan.json"), only_numbers():
             trainer.train(resume_from_checkpoint=resume or None)
@@ -290,6 +297,19 @@ def _build_trainer(
     return trainer
 
 
+def _tell_step(trainer: PreferenceTrainer) -> None:
+    accumulated = trainer.args.per_device_train_batch_size // trainer.micro_batch
+    rows = "pairs" if trainer.objective.data == "paired" else "rows"
+    several = f"{processes()} processes x " if processes() > 1 else ""
+    logger.info("a step: %s%d x %d %s", several, trainer.micro_batch, accumulated, rows)
+    if processes() == 1 and torch.cuda.device_count() > 1:
+        logger.info(
+            "one of %d cards is used; torchrun --nproc_per_node %d -m lora_dpo train ... takes all",
+            torch.cuda.device_count(),
+            torch.cuda.device_count(),
+        )
+
+
 def _finish(
     trainer: PreferenceTrainer,
     config: Config,
@@ -298,10 +318,11 @@ def _finish(
     data: RunData,
 ) -> Run:
     folder = Path(config.output.dir)
-    save_adapter(trainer.model, folder / "adapter")
-    if trainer.moves:
-        save_adapter(trainer.model, folder / "reference", adapter="reference")
-    tokenizer.save_pretrained(folder / "adapter")
+    if rank() == 0:
+        save_adapter(trainer.model, folder / "adapter")
+        if trainer.moves:
+            save_adapter(trainer.model, folder / "reference", adapter="reference")
+        tokenizer.save_pretrained(folder / "adapter")
     best = trainer.state.best_model_checkpoint
     results: dict[str, Any] = {
         "objective": str(trainer.objective),
@@ -315,6 +336,7 @@ def _finish(
         "best_checkpoint": Path(best).name if best else None,
         "labels": list(label_counts(data.train)) if objective.data == "unpaired" else None,
         "objective_states": trainer.states,
+        "processes": processes(),
         "versions": versions(),
     }
     if data.held_out is not None:
@@ -323,9 +345,11 @@ def _finish(
         results["held_out"] = trainer.last_evaluation.to_dict()
         for line in str(trainer.last_evaluation).splitlines():
             logger.info(line)
-    write_json(folder / "run.json", results)
-    write_text(folder / "adapter" / "README.md", model_card(config, results))
-    if config.output.diagnose:
+    with agreed():
+        if rank() == 0:
+            write_json(folder / "run.json", results)
+            write_text(folder / "adapter" / "README.md", model_card(config, results))
+    if config.output.diagnose and rank() == 0:
         _diagnose_at_the_end(trainer, tokenizer, data, folder)
     logger.info("adapter and metrics are in %s", folder)
     return Run(folder, config, results)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from lora_dpo.arguments import REFUSED
 from lora_dpo.data import (
@@ -29,6 +29,7 @@ from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError, TrainingError
 from lora_dpo.heads import base_dtype
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.ranks import forget_preparation, refuse_launch, whole_steps
 from lora_dpo.store import add_lines, lines_until
 
 logger = logging.getLogger("lora_dpo")
@@ -41,15 +42,6 @@ _NOISY = (
     "use_liger_kernel",
     "save_only_model",
 )
-
-
-def refuse_objective(bound: BoundObjective, args: TrainingArguments) -> None:
-    """Refuse what this machine's processes cannot compute rightly."""
-    if (bound.couples_rows or bound.initial_states()) and args.world_size > 1:
-        raise ConfigError(
-            f"objective {bound.name!r}: its loss depends on all rows of a step, and "
-            f"{args.world_size} processes each see their own; run it in one process."
-        )
 
 
 def tokenised(data: Any, tokenizer: Any, max_length: int, kind: Kind) -> Tokenised:
@@ -74,9 +66,18 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     refused = [key for key in _NOISY if getattr(args, key, None)]
     if refused:
         raise ConfigError([f"args.{key}: not a setting here; {REFUSED[key]}." for key in refused])
+    refuse_launch(args)
+    batching: Any = args.accelerator_config
+    if batching.split_batches or batching.dispatch_batches or not batching.use_seedable_sampler:
+        raise ConfigError(
+            f"args.accelerator_config: {REFUSED['accelerator_config']}; leave it out."
+        )
     args = copy.copy(args)
     args._n_gpu = min(args._n_gpu, 1)  # more cards are more processes, never DataParallel
     args.ddp_find_unused_parameters = False  # every adapter gets gradient in every step
+    args.ddp_broadcast_buffers = False  # the base's, which nothing changes
+    if args.data_seed is None:
+        args.data_seed = args.seed  # not what random numbers a process has come to
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
     args.gradient_accumulation_steps = 1
     args.save_total_limit = None  # ours runs after the manifest is written
@@ -93,6 +94,34 @@ def one_batch_a_step(args: TrainingArguments, policy: PeftModel) -> TrainingArgu
     return args
 
 
+class WholeSteps(Trainer):
+    """The library's trainer, in which every process reads all rows of a step and of an evaluation."""
+
+    model: Any  # which the library types more loosely
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train what an evaluation may have been made with before."""
+        forget_preparation(self.model)
+        return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Return batches of all rows of a step."""
+        return whole_steps(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return batches of as many rows as all processes run at a time."""
+        return whole_steps(super().get_eval_dataloader(*args, **kwargs))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; predictions are those of all rows already."""
+        self.gather_function = lambda found: found
+        return super().evaluation_loop(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: the library's formula assumes one dense batch and no shared work."""
+        return 0
+
+
 @dataclass(frozen=True)
 class Batches:
     """How rows become steps: rows and, if set, tokens of a micro-batch; micro-batches of a step."""
@@ -106,6 +135,12 @@ def batches_of(args: TrainingArguments, max_tokens: int | None) -> Batches:
     """Return what the user's arguments say."""
     rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
     return Batches(rows, times, max_tokens)
+
+
+def rows_a_step(args: TrainingArguments) -> int:
+    """Return the rows of an optimiser step in all processes, as the user's arguments say."""
+    rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return int(rows * times * args.world_size)
 
 
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # newer, older name
@@ -219,15 +254,6 @@ def stop_unless_finite(
         "No update was made and earlier checkpoints are kept. Look at these rows, lower "
         "train.learning_rate, or use model.compute_dtype: float32."
     )
-
-
-def over_ranks(accelerator: Any, device: Any, *counts: int) -> list[int]:
-    """Return counts added up over all processes."""
-    if accelerator.num_processes == 1:
-        return list(counts)
-    totals = torch.tensor(counts, device=device)
-    summed: list[int] = accelerator.reduce(totals, reduction="sum").tolist()
-    return summed
 
 
 def step_of(checkpoint: str | bool | None) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
 from lora_dpo.callbacks import JsonlCallback, MovementCallback, StopCallback, show_log_lines
@@ -45,12 +45,21 @@ from lora_dpo.policy import (
     unwrap,
     write_reference,
 )
+from lora_dpo.randomness import forked
+from lora_dpo.ranks import (
+    agreed,
+    largest,
+    of_all,
+    processes,
+    wait,
+)
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
 from lora_dpo.reference_store import stored_rows
 from lora_dpo.starting import start_lines
 from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
+    WholeSteps,
     balanced,
     batches_of,
     counted_tokens,
@@ -59,11 +68,10 @@ from lora_dpo.stepping import (
     keep_rows,
     leave_checkpointing,
     one_batch_a_step,
-    over_ranks,
     recomputes,
-    refuse_objective,
     row_length,
     row_tokens,
+    rows_a_step,
     step_of,
     stop_unless_finite,
     tokenised,
@@ -76,7 +84,7 @@ from lora_dpo.watching.progress import put_display
 logger = logging.getLogger("lora_dpo")
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(WholeSteps):
     """Train a policy on preferences against its reference.
 
     Args:
@@ -135,12 +143,10 @@ class PreferenceTrainer(Trainer):
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
         self.chunk_tokens = chunk_tokens
         show_log_lines()
-        refuse_objective(bound, args)
         self.moves = reference_moves
-        self.window = Window()
         self._batches = batches_of(args, max_tokens_per_batch)
         self.keep_checkpoints = args.save_total_limit
-        self.pace, self.evaluated_at = Pace(), -1
+        self.window, self.pace, self.evaluated_at = Window(), Pace(), -1
         self._check_logps: list[float] = []
         self._kept_lines: list[str] = []
         train, held_out = (
@@ -150,6 +156,7 @@ class PreferenceTrainer(Trainer):
         if train is None or not len(train):
             raise DataError("PreferenceTrainer: train_data holds no rows.")
         self.facts = {**(facts or {"objective": str(bound)}), "rows": train.fingerprint[:16]}
+        self.facts["rows_a_step"] = rows_a_step(args)
         train, held_out = fitted(bound, train, held_out)
         self.objective = balanced(bound, train)
         self.states = self.objective.initial_states()
@@ -180,16 +187,13 @@ class PreferenceTrainer(Trainer):
             kept = stored_rows(policy, bound, sets, reference_cache, **forward)
             self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
             how["with_reference"] = False
-        self.memory = self._memory(args=args, budget_gib=memory_budget_gib, **how)
+        how |= {"args": args, "budget_gib": memory_budget_gib}
+        options: Any = {"device": self.args.device, "alone": processes() == 1, "settings": how}
+        self.memory = Memory(self.model, self.train_dataset, self._batches, **options)
 
     def _own_callbacks(self) -> list[TrainerCallback]:
         self.stop, self.advice = StopCallback(), AdviceCallback(self)
         return [self.stop, MovementCallback(self.advice.tell), MovesCallback(self.moves)]
-
-    def _memory(self, **settings: Any) -> Memory:
-        alone = self.accelerator.num_processes == 1
-        options: Any = {"device": self.args.device, "alone": alone, "settings": settings}
-        return Memory(self.model, self.train_dataset, self._batches, **options)
 
     @property
     def micro_batch(self) -> int:
@@ -204,29 +208,20 @@ class PreferenceTrainer(Trainer):
         """Backpropagate the mean loss over all rows of the step; return it, detached."""
         model.train()
         rows = in_order(inputs["rows"].rows)
-        tokens, count = over_ranks(
-            self.accelerator, self.args.device, sum(map(counted_tokens, rows)), len(rows)
-        )
-        scale = self.accelerator.num_processes / count
-        seen = self.pace.tokens
+        each = sum(map(counted_tokens, rows)) / len(rows)
 
         def attempt() -> Step:
-            self.pace.tokens = seen
-            passes = Passes(
-                self.objective,
-                self._stats,
-                self.accelerator.backward,
-                self.accelerator.no_sync,
-                self.memory.batches.micro_batch,
-                self.memory.batches.max_tokens,
-                is_flat(self.model),
-            )
-            return passes(model, rows, self.states, scale=scale, tokens_a_row=tokens / count)
+            how = (self._stats, self.accelerator.backward, self.accelerator.no_sync)
+            batches, flat = self.memory.batches, is_flat(self.model)
+            seed = self.args.seed * 1_000_003 + self.state.global_step
+            passes = Passes(self.objective, *how, batches, flat, seed)
+            return passes(model, rows, self.states, tokens_a_row=each)
 
         step = self.memory.fitted(attempt, f"step {self.state.global_step + 1}")
-        self.pace.add(count)
+        self.pace.add(len(rows))
+        self.pace.tokens += sum(map(row_tokens, rows))
         if self.state.global_step == 0:
-            self.advice.first_step(step, self.states, tokens / count)
+            self.advice.first_step(step, self.states, each)
         scaled = self.accelerator.scaler is not None
         stop_unless_finite(model, rows, step.losses, step=self.state.global_step + 1, scaled=scaled)
         self.states = self.objective.updated(self.states, step.stats)
@@ -234,13 +229,11 @@ class PreferenceTrainer(Trainer):
         self.window.add(values)
         if self.objective.data == "paired":
             self._margins.add(self.state.global_step + 1, rows, values["rewards/margins"])
-        mean: Tensor = step.losses.sum() * scale
-        return mean
+        return step.losses.mean()
 
     def _stats(
         self, model: nn.Module, rows: Sequence[Mapping[str, Any]], gradient_only: bool = False
     ) -> AnyStats:
-        self.pace.tokens += 0 if gradient_only else sum(row_tokens(row) for row in rows)
         return rows_stats(
             model,
             rows,
@@ -254,7 +247,7 @@ class PreferenceTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without moving the random numbers that training draws from."""
-        with self.pace.resting(), self.display.shown(), torch.random.fork_rng():
+        with self.pace.resting(), self.display.shown(), forked():
             torch.manual_seed(0)  # an objective's draws are the same in every evaluation
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.evaluated_at = self.state.global_step
@@ -267,12 +260,12 @@ class PreferenceTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Return per-row statistics in place of logits; the library gathers them over ranks."""
-        rows = inputs["rows"].rows
+        """Return per-row statistics in place of logits, those of all processes in the rows' order."""
+        rows, width = inputs["rows"].rows, self.args.eval_batch_size
         with torch.no_grad():
-            present = self._stats(model, rows).present()
-        self._statistics = list(present)
-        table = torch.stack([value.double() for value in present.values()], dim=1)
+            found = of_all(rows, width, lambda own: self._stats(model, own).present())
+        self._statistics = list(found)
+        table = torch.stack([value.double() for value in found.values()], dim=1)
         keys = [int(row["prompt_key"][:12], 16) for row in rows]
         return None, table, torch.tensor(keys, device=table.device)
 
@@ -298,15 +291,17 @@ class PreferenceTrainer(Trainer):
             TrainingError: the policy is not at its reference at the start, a checkpoint of another
                 run or reference, a loss that is not finite, or an interruption (saved).
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._check_resume(resume_from_checkpoint)
-        else:
-            for line in self.self_check():
-                logger.info(line)
-        self.memory.probe(self._stats)
+        with agreed():
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._check_resume(resume_from_checkpoint)
+            else:
+                for line in self.self_check():
+                    logger.info(line)
+            self.memory.probe(self._stats)
         self._margins.begin(step_of(resume_from_checkpoint))
         with self.stop.listening(), self.display.shown():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.stop.agree()
         saved = self.folder / f"checkpoint-{self.state.global_step}" / MANIFEST
         if self.stop.signal is not None and not saved.is_file():
             self._save_checkpoint(self.model, None)  # a save strategy can overrule the callback
@@ -346,7 +341,7 @@ class PreferenceTrainer(Trainer):
     def _probe(self) -> AnyStats:
         rows, was_training = self._first_rows(), self.model.training
         self.model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked():
             stats = self._stats(self.model, [without_known_reference(row) for row in rows])
         self.model.train(was_training)
         if stats.has_reference:
@@ -359,15 +354,21 @@ class PreferenceTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        save_adapter(self.model, Path(output_dir) if output_dir else self.folder)
+        if self.args.should_save:
+            save_adapter(self.model, Path(output_dir) if output_dir else self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear_unfinished(folder)
+        wait()  # before another process writes its random state there
         super()._save_checkpoint(model, trial)
-        if not self.args.should_save:
-            return
+        wait()  # until all have
+        if self.args.should_save:
+            self._seal(folder)
+        wait()
+
+    def _seal(self, folder: Path) -> None:
         if self.moves:
             write_reference(self.model, folder)
             self._probe()  # its log-probs are others now
@@ -400,16 +401,13 @@ class PreferenceTrainer(Trainer):
         """Add our metrics: means over every pair since the last line."""
         if "loss" in logs:
             logs = {**logs, **self.window.means(), **self.pace.since_last_line()}
-            logs["memory/peak_gib"] = peak_gib(self.args.device)
+            logs["memory/peak_gib"] = largest(peak_gib(self.args.device))
             self._margins.write()
         super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated: the library's formula assumes one dense batch and no shared work."""
-        return 0
 
     def write_metrics_to(self, path: Path) -> None:
         """Keep every log line as JSON in ``path``, and beside it the margins of training rows."""
         self.add_callback(JsonlCallback(path))
-        self.advice.path = path.with_name("notes.jsonl")
-        self._margins.path = path.with_name("row_margins.jsonl")
+        if self.is_world_process_zero():
+            self.advice.path = path.with_name("notes.jsonl")
+            self._margins.path = path.with_name("row_margins.jsonl")

@@ -20,7 +20,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_dpo import objectives
 from lora_dpo.arguments import argument_problems
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, TrainingError
@@ -30,7 +29,7 @@ from lora_dpo.heads import check_head
 from lora_dpo.policy import load_policy, prepare_policy, save_adapter
 from lora_dpo.run import evaluate, train
 from lora_dpo.run_folder import Run
-from lora_dpo.stepping import one_batch_a_step, refuse_objective
+from lora_dpo.stepping import one_batch_a_step
 from tests.helpers import move_adapter, random_rows
 from tests.test_run import _values
 
@@ -241,21 +240,6 @@ def test_noise_in_the_policy_alone_is_refused_from_python_too(
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
     with pytest.raises(ConfigError, match="noise in the policy alone"):
         one_batch_a_step(arguments, policy)
-
-
-def test_objectives_that_several_processes_would_falsify_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each process sees its own rows of a step only."""
-    import dataclasses
-
-    row = dataclasses.replace(objectives.get("dpo"), couples_rows=True)
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    refuse_objective(row.bind(), args)
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    refuse_objective(objectives.get("dpo").bind(), args)
-    with pytest.raises(ConfigError, match="run it in one process"):
-        refuse_objective(row.bind(), args)
 
 
 @pytest.mark.parametrize(

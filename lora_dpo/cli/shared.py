@@ -45,7 +45,9 @@ def user_errors() -> Iterator[None]:
 
         # a message may hold a piece of the data
         lines = [visible(line) for line in str(error).split("\n")]
-        print("error: " + "\n".join(lines), file=sys.stderr)
+        number = os.environ.get("RANK", "0")  # of several processes
+        where = f"process {number}: " if number != "0" else ""
+        print(f"{where}error: " + "\n".join(lines), file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written to
         from lora_dpo.showing import visible

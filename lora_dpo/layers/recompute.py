@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dpo.layers.work import Work
-from lora_dpo.randomness import random_state, restore_random
+from lora_dpo.randomness import forked, random_state, restore_random
 
 Call = Callable[[Tensor], Tensor]
 
@@ -38,7 +38,7 @@ class _Recomputed(torch.autograd.Function):
         work: Work = ctx.work
         leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
         device, enabled, dtype = ctx.autocast
-        with work.keeping_weights(), torch.random.fork_rng(enabled=work.random):
+        with work.keeping_weights(), forked(enabled=work.random):
             if ctx.random is not None:
                 restore_random(ctx.random)
             again = work.turned(running=True, recomputing=True)

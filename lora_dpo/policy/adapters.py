@@ -33,6 +33,7 @@ from lora_dpo.policy.checks import (
     CHANGED_BASE,
     refuse_layers,
     refuse_lora,
+    refuse_spread,
     refuse_tied_head,
     refuse_unmatched,
 )
@@ -77,6 +78,7 @@ def load_policy(
     if isinstance(base, PreTrainedModel):
         model = base
         guard_cpu_kernels(model)
+        refuse_spread(model)
         model.requires_grad_(False)
     else:
         settings["quantisation"] = quantisation
@@ -115,6 +117,7 @@ def prepare_policy(
     """
     name = policy_adapter(policy)
     refuse_lora(policy.peft_config[name], f"adapter {name!r}")
+    refuse_spread(policy.get_base_model())
     refuse_layers(policy, name)
     guard_cpu_kernels(policy)
     if silenced := silence_base_dropout(policy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,13 @@ def compute_dtype(asked: str = "auto", device: torch.device | None = None) -> to
 
 
 def default_device() -> torch.device:
-    """Return the current accelerator, or the CPU."""
+    """Return the current accelerator, or the CPU; of several processes each has its own."""
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        own = int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device())
+        seen = (
+            own < torch.cuda.device_count()
+        )  # a launcher may show each process its own card alone
+        return torch.device("cuda", own if seen else torch.cuda.current_device())
     return torch.device("cpu")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_dpo.config import BASE_CHANGING_INITS
@@ -38,6 +39,25 @@ def refuse_lora(config: Any, where: str) -> None:
     for option in ("trainable_token_indices", "target_parameters", "layer_replication"):
         if getattr(config, option, None):
             raise ModelError(f"{where}: {option} is not supported; it has no proven merge here.")
+
+
+def refuse_spread(base: nn.Module) -> None:
+    """Refuse a base that a ``device_map`` has spread: its layers would be fed from the wrong device.
+
+    Token embeddings that wait on the CPU (``model.embeddings_on_cpu``) are no such thing.
+    """
+    placed = getattr(base, "hf_device_map", None) or {}
+    named = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values()}
+    kept: Any = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    apart = set() if kept is None else {id(parameter) for parameter in kept.parameters()}
+    held = {str(p.device) for p in base.parameters() if id(p) not in apart}
+    for found in (named, held):
+        if len(found) > 1 or found & {"disk", "meta"}:
+            raise ModelError(
+                f"the base is spread over {', '.join(sorted(found))} (device_map); training needs all of "
+                "it on one device. Load it with load_policy(...) or device_map={'': device}; several "
+                "cards are several processes, each with the whole base: torchrun --nproc_per_node N."
+            )
 
 
 def refuse_layers(policy: PeftModel, name: str) -> None:

@@ -21,10 +21,14 @@ OFTEN = 0.1  # seconds between two drawings, at least
 
 
 def can_redraw() -> bool:
-    """Whether standard error is a terminal whose lines can be drawn again, and nobody does so yet."""
+    """Whether standard error is a terminal whose lines can be drawn again, and nobody does so yet.
+
+    Of several processes that share it the first one draws.
+    """
     taken = isinstance(sys.stderr, FileProxy)
     return (
         sys.stderr.isatty()
+        and os.environ.get("RANK", "0") == "0"
         and os.environ.get("TERM", "") not in ("dumb", "unknown", "")
         and not taken
     )

@@ -1,0 +1,201 @@
+"""``make processes``: every objective in two processes, and whole runs as users start them.
+
+Not collected by default: it takes minutes. Log-probs here go down to -230 nats, where neighbouring float32
+numbers lie 1.5e-5 apart; a margin is made of four, and some losses are steep in it: 1e-4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_dpo.arguments import checkpointing_fields
+from lora_dpo.objectives import OBJECTIVES
+from lora_dpo.run import train
+from tests.conftest import ROOT
+from tests.processes.running import alone, called, free_port, together, torchrun
+from tests.processes.test_processes import _adapters_near, _near
+from tests.processes.worker import Case, numbers
+
+PLAIN = {"engine": "plain"}
+# sampo draws tokens from random numbers of each process; others read scores, which these pairs have not
+LEFT_OUT = {name for name, row in OBJECTIVES.items() if "sampled_logps" in row.needs}
+LEFT_OUT |= {name for name, row in OBJECTIVES.items() if "scores" in row.needs}
+EVERY = [Case(name, name, trainer=PLAIN) for name in OBJECTIVES if name not in LEFT_OUT]
+RECOMPUTED = checkpointing_fields({"gradient_checkpointing": True})
+MORE = [
+    *(Case(f"moves {rule}", "dpo", moves=rule) for rule in ("hard", "soft", "factors")),
+    Case("tokens", "dpo", trainer={"max_tokens_per_batch": 90}),
+    Case("coupled tokens", "aot", trainer={"max_tokens_per_batch": 90}),
+    Case("recomputed", "dpo", arguments=RECOMPUTED),
+    Case("plain and recomputed", "dpo", trainer=PLAIN, arguments=RECOMPUTED),
+    Case("last rows left out", "dpo", trainer=PLAIN, arguments={"dataloader_drop_last": True}),
+    Case("workers", "dpo", trainer=PLAIN, arguments={"dataloader_num_workers": 1}),
+]
+
+
+@pytest.fixture(scope="module")
+def both(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("every")
+    one = alone([*EVERY, *MORE], tiny_model, pairs, folder / "one")
+    return one, together([*EVERY, *MORE], tiny_model, pairs, folder / "two"), folder
+
+
+@pytest.mark.parametrize("name", [case.name for case in [*EVERY, *MORE]])
+def test_two_processes_train_what_one_trains(both: Any, name: str) -> None:
+    one, two, folder = both
+    assert two[0][name] == two[1][name]
+    _near(two[0][name], one[name], 1e-4)
+    assert two[0][name]["held_out"] == one[name]["held_out"]
+    _adapters_near(folder / "two" / f"{name}.safetensors", folder / "one" / f"{name}.safetensors")
+
+
+def _config(model: Path, pairs: list[dict[str, str]], folder: Path, rows: int) -> Path:
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    values = {
+        "objective": {"name": "dpo", "beta": 0.2},
+        "model": {"base": str(model)},
+        "lora": {"rank": 4},
+        "data": {"train": str(data), "eval_fraction": 0.25, "max_length": 128},
+        "train": {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "cache_reference": True,
+            "reference_cache_dir": str(folder / f"reference-{rows}"),
+        },
+        "output": {"dir": str(folder / f"run-{rows}"), "samples": 1, "sample_tokens": 4},
+    }
+    path = folder / f"{rows}.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_whole_run_of_two_processes_is_that_of_one_and_is_told_once(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, launcher: str
+) -> None:
+    run = train(yaml.safe_load(_config(tiny_model, pairs, tmp_path, 4).read_text()))
+    config = _config(tiny_model, pairs, tmp_path, 2)
+    ddp = ["--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", str(free_port())]
+    command = {
+        "torchrun": torchrun("lora_dpo", "train", str(config)),
+        "accelerate": [*ACCELERATE, *ddp, "-m", "lora_dpo", "train", str(config)],
+    }[launcher]
+    ended = called(command)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert ended.stdout.count("self-check: policy = reference") == 1
+    assert ended.stdout.count("adapter and metrics are in") == 1
+    assert "a step: 2 processes x 2 x 1 pairs" in ended.stdout
+    folder = tmp_path / "run-2"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == len(run.history)
+    for mine, other in zip(lines, run.history, strict=True):
+        assert numbers(mine) == pytest.approx(numbers(other), rel=1e-5, abs=1e-5)
+    ours, theirs = (json.loads((f / "run.json").read_text()) for f in (folder, run.folder))
+    assert ours["processes"] == 2 and theirs["processes"] == 1
+    assert ours["held_out"]["rows"] == theirs["held_out"]["rows"] == 4
+    weights = "adapter/adapter_model.safetensors"
+    _adapters_near(folder / weights, run.folder / weights)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in run.folder.iterdir()}
+
+
+def test_accelerate_on_a_cpu_that_starts_one_process_for_two_is_told(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    config = _config(tiny_model, pairs, tmp_path, 2)
+    command = [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "lora_dpo", "train", str(config)]
+    ended = called(command)
+    assert ended.returncode != 0
+    assert "has started this one alone" in ended.stderr
+    assert not (tmp_path / "run-2").exists()
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _waited(what: subprocess.Popen[str], sign: str) -> str:
+    assert what.stdout is not None
+    seen = ""
+    for line in what.stdout:
+        seen += line
+        if sign in line:
+            return seen
+    raise AssertionError(seen)
+
+
+@pytest.fixture
+def long(tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path) -> list[str]:
+    config = _config(tiny_model, pairs, tmp_path, 2)
+    return torchrun("lora_dpo", "train", str(config), "--set", "train.num_train_epochs=400")
+
+
+def test_control_c_which_reaches_processes_twice_saves_a_checkpoint_and_the_run_goes_on(
+    long: list[str], tmp_path: Path
+) -> None:
+    """The terminal sends it to all of them, and torchrun sends it on."""
+    running = _started(long)
+    _waited(running, "step 3/")
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=120)
+    assert "a checkpoint is saved in" in said
+    (checkpoint,) = (tmp_path / "run-2").glob("checkpoint-*/manifest.json")
+    assert (checkpoint.parent / "rng_state_1.pth").is_file()
+    again = _started([*long, "--resume"])
+    _waited(again, f"step {int(checkpoint.parent.name.split('-')[1]) + 1}/")
+    os.killpg(again.pid, signal.SIGTERM)
+    again.communicate(timeout=120)
+
+
+def test_a_process_that_is_killed_ends_the_run(long: list[str]) -> None:
+    running = _started(long)
+    _waited(running, "step 3/")
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert time.monotonic() - began < 60
+
+
+def test_a_folder_that_another_run_holds_is_told_by_every_process(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    from lora_dpo.store import lock
+
+    config = _config(tiny_model, pairs, tmp_path, 2)
+    with lock(tmp_path / "run-2"):
+        ended = called(torchrun("lora_dpo", "train", str(config)))
+    assert ended.returncode != 0
+    assert "error: " in ended.stderr and "another process is writing here" in ended.stderr
+    assert "process 1: error: process 0 of 2 ended: OutputError" in ended.stderr
+    assert not (tmp_path / "run-2" / "config.yaml").exists()
