@@ -101,7 +101,7 @@ class ResumableTrainer(WholeSteps):
         The library does one step more from such a checkpoint, where that is not the end of an epoch.
         """
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **options)
+            output: TrainOutput = super().train(resume_from_checkpoint=checkpoint, **options)
         except NothingLeftError:
             self.is_in_train = False
             self.log({"train_runtime": 0.0, "total_flos": self.state.total_flos, "train_loss": 0.0})
