@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test processes docs coverage mutation clean
+.PHONY: quickstart test processes docs coverage mutation faults soak clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -29,6 +29,13 @@ coverage: $(VENV)/.installed-campaigns  ## lines and branches that the tests rea
 
 mutation: $(VENV)/.installed-campaigns  ## defects planted in objectives, log-probs and data: are they noticed?
 	$(BIN)/python -m tests.mutation $(MUTANTS)
+
+KILLS ?= 60
+faults: $(VENV)/.installed-test  ## kills, full disks, damaged files; writes the table of docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --kills $(KILLS) --out docs/reliability.md
+
+soak: $(VENV)/.installed-test  ## thousands of steps; memory, files and pace into docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --out docs/reliability.md
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(SITE) $(VENV)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from transformers import TrainingArguments as Arguments
 
 from lora_dpo.ranks import largest, launched_as
 from lora_dpo.showing import Lines
-from lora_dpo.store import add_lines
+from lora_dpo.store import MANIFEST, json_line, sync, write_bytes
 
 logger = logging.getLogger("lora_dpo")
 
@@ -41,22 +41,103 @@ def show_log_lines() -> None:
 
 
 class JsonlCallback(TrainerCallback):
-    """Every log line as JSON in ``metrics.jsonl``, in step with the checkpoint after a resume."""
+    """Every log line as JSON in ``metrics.jsonl``, in step with the checkpoint after a resume.
+
+    The file is the record: a checkpoint holds how far it was, not the lines. In memory stay the last
+    ones of training and of evaluation, so that neither grows with the steps.
+    """
+
+    KEPT = 256
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._bytes, self._sha256 = 0, hashlib.sha256()
+        self._resumed: Mapping[str, Any] | None = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return how far the file is, once that is on the disk."""
+        sync(self.path)
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+    def resume(self, mark: Mapping[str, Any] | None) -> None:
+        """Go on, when training begins, from where ``mark`` was taken."""
+        self._resumed = mark
 
     def on_train_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
-        """Write what the resumed checkpoint had logged; the rest of an older file never happened."""
-        if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
-            self.path.write_text(text, encoding="utf-8")
+        """Leave what the resumed checkpoint had logged; the rest of an older file never happened."""
+        if not state.is_world_process_zero:
+            return
+        mark, self._resumed = self._resumed, None
+        self._bytes, self._sha256 = 0, hashlib.sha256()
+        if mark is not None and self._has_begun(mark):
+            os.truncate(self.path, self._bytes)
+            return
+        if mark is not None and mark["bytes"]:
+            logger.warning(
+                "%s: is not what it was at step %d; written again from the last %d lines, which the "
+                "checkpoint holds",
+                self.path, state.global_step, len(state.log_history),
+            )  # fmt: skip
+        lines = "".join(json_line(entry) + "\n" for entry in state.log_history)
+        self._bytes, self._sha256 = 0, hashlib.sha256()
+        write_bytes(self.path, self._counted(lines))
 
     def on_log(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
         """Append the newest line."""
-        if state.is_world_process_zero and state.log_history:
-            add_lines(self.path, state.log_history[-1:])
+        if not (state.is_world_process_zero and state.log_history):
+            return
+        with self.path.open("ab") as stream:
+            stream.write(self._counted(json_line(state.log_history[-1]) + "\n"))
+        if len(state.log_history) > 3 * self.KEPT:
+            state.log_history[:] = last_lines(state.log_history, self.KEPT)
+
+    def _counted(self, text: str) -> bytes:
+        content = text.encode()
+        self._bytes += len(content)
+        self._sha256.update(content)
+        return content
+
+    def _has_begun(self, mark: Mapping[str, Any]) -> bool:
+        """Whether the file begins with what the mark was taken of; if so, count that."""
+        if not self.path.is_file():
+            return False
+        with self.path.open("rb") as stream:
+            left = int(mark["bytes"])
+            while left and (piece := stream.read(min(left, 1 << 20))):
+                self._bytes, left = self._bytes + len(piece), left - len(piece)
+                self._sha256.update(piece)
+        return bool(self._sha256.hexdigest() == mark["sha256"])
+
+
+def last_lines(lines: Sequence[dict[str, Any]], each: int) -> list[dict[str, Any]]:
+    """Return the last lines of evaluations and the last others, as many of each, in their order."""
+    left = {True: each, False: each}
+    kept = []
+    for line in reversed(lines):
+        held_out = "eval_loss" in line
+        left[held_out] -= 1
+        if left[held_out] >= 0:
+            kept.append(line)
+    return kept[::-1]
+
+
+class NothingLeftError(Exception):
+    """Every step of a resumed run was done before; ``ResumableTrainer`` catches it."""
+
+
+class ResumeCallback(TrainerCallback):
+    """Mends what the library makes of a resumed run that was moved, or that was killed at its end."""
+
+    def on_step_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Do no step behind the last one."""
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, *rest: Any, **kw: Any) -> None:
+        """Name the best checkpoint by where its folder is now."""
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if (best / MANIFEST).is_file():
+            state.best_model_checkpoint = str(best)
 
 
 class StopCallback(TrainerCallback):
@@ -153,8 +234,9 @@ class MovementCallback(TrainerCallback):
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        """Keep a sample of the trained weights."""
-        self.start, self.begin = self._sample(kw["model"]), state.global_step
+        """Keep a sample of the trained weights, unless a resumed run has been judged before."""
+        if state.global_step < self.STEPS:
+            self.start, self.begin = self._sample(kw["model"]), state.global_step
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kw: Any

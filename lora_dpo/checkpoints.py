@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from lora_dpo.errors import OutputError, TrainingError
-from lora_dpo.store import MANIFEST, read_manifest, write_manifest
+from lora_dpo.store import MANIFEST, read_json, read_manifest, write_manifest
 
 logger = logging.getLogger("lora_dpo")
 
@@ -34,10 +37,54 @@ def seal_checkpoint(folder: Path, facts: dict[str, Any]) -> None:
     write_manifest(folder, facts)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process left of a checkpoint that was never sealed."""
-    if folder.is_dir() and not (folder / MANIFEST).is_file():
-        shutil.rmtree(folder)
+@contextmanager
+def new_checkpoint(folder: Path, *, writes: bool) -> Iterator[None]:
+    """Make room for a checkpoint, and leave nothing of one that could not be written.
+
+    A finished one in its place (damaged, or of a run that was resumed from further back) waits aside
+    until the new one is whole.
+
+    Args:
+        folder: of the checkpoint.
+        writes: whether this process is the one that does.
+
+    Raises:
+        OutputError: the disk is full, or cannot be written to.
+    """
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if writes:
+        clear_unfinished(folder.parent)
+        if folder.is_dir():
+            os.replace(folder, aside)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _of_storage(error):
+            raise
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)
+            if aside.is_dir():
+                os.replace(aside, folder)
+        raise OutputError(
+            f"{folder}: could not be written ({' '.join(str(error).split())[:200]}; "
+            f"{shutil.disk_usage(folder.parent).free / 2**20:.0f} MiB are free there). Earlier "
+            "checkpoints are kept: make room, and go on with --resume."
+        ) from None
+    if writes:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether an error is the disk's: torch tells it as one of its own."""
+    signs = ("PytorchStreamWriter", "inline_container")
+    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove every checkpoint of a run that a killed process had begun to write, or to replace."""
+    half = [f for f in run.glob("checkpoint-*") if not (f / MANIFEST).is_file() and _step(f) >= 0]
+    for folder in (*half, *run.glob(".checkpoint-*.replaced")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
@@ -50,7 +97,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
     for folder in reversed(list_checkpoints(run)):
         try:
             return folder, read_manifest(folder), damaged
-        except OutputError as error:
+        except (OutputError, OSError) as error:
             damaged.append(str(error))
     found = "; ".join(damaged) or "no finished checkpoint-N folder"
     raise OutputError(
@@ -75,16 +122,43 @@ def check_facts(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -
         )
 
 
-def rotate(run: Path, *, keep: int | None, best: Path | None) -> None:
-    """Delete the oldest finished checkpoints beyond ``keep``, never the best nor the newest one."""
-    if keep is None:
-        return
+def rotate(run: Path, *, keep: int | None, best: str | None) -> None:
+    """Delete the oldest finished checkpoints beyond ``keep``, never the best nor the newest one.
+
+    Only once the newest has been read back; and what killed processes left of others.
+
+    Args:
+        run: the folder of the run.
+        keep: how many stay; None keeps all.
+        best: the name, or the path, of the best one.
+
+    Raises:
+        OutputError: the newest is not what was written to it.
+    """
     folders = list_checkpoints(run)
-    protected = {folders[-1]} | ({best} if best is not None else set()) if folders else set()
-    surplus = len(folders) - keep
-    for folder in [f for f in folders if f not in protected][: max(surplus, 0)]:
+    surplus = len(folders) - (len(folders) if keep is None else keep)
+    if surplus > 0:
+        read_manifest(folders[-1])
+    protected = {folders[-1].name if folders else "", Path(best or "").name}
+    for folder in [f for f in folders if f.name not in protected][: max(surplus, 0)]:
         (folder / MANIFEST).unlink()  # a half-deleted checkpoint must not look whole
         shutil.rmtree(folder)
+    clear_unfinished(run)
+
+
+def check_best(folder: Path) -> None:
+    """Hold that the best checkpoint, with which a run is to end, is what was written.
+
+    Raises:
+        OutputError: it is not, or is gone.
+    """
+    try:
+        read_manifest(folder)
+    except (OutputError, OSError) as error:
+        raise OutputError(
+            f"{folder}: the best checkpoint, with which the run was to end, is damaged ({error}). The "
+            "last step is kept: remove that folder, and --resume ends the run with the last step."
+        ) from None
 
 
 def _step(folder: Path) -> int:
@@ -109,3 +183,34 @@ def check_first_rows(folder: Path, before: Sequence[float], now: Sequence[float]
             f"{folder}: the reference or the data is not the one that this run began with (its "
             "log-probs of the first rows differ). Resume with the same base, adapter and data."
         )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds of ours beside the library's files.
+
+    Raises:
+        OutputError: another version wrote it.
+    """
+    state: dict[str, Any] = read_json(folder / STATE)
+    if missing := _OF_A_STATE - state.keys():
+        raise OutputError(
+            f"{folder}: written by another version of lora_dpo ({', '.join(sorted(missing))} missing). "
+            "Resume with that version, or start afresh in another output.dir."
+        )
+    return state
+
+
+_OF_A_STATE = {"window", "loss", "reference_logps", "objective", "metrics"}
+
+
+def progress_of(folder: Path) -> tuple[int, int]:
+    """Return the step of a checkpoint, and the steps of its run."""
+    state = read_json(folder / "trainer_state.json")
+    return int(state["global_step"]), int(state["max_steps"])
+
+
+def evaluated_at_its_end(folder: Path) -> bool:
+    """Whether a checkpoint is that of the last step, and its log has the evaluation of it."""
+    state = read_json(folder / "trainer_state.json")
+    steps = [line["step"] for line in state["log_history"] if "eval_loss" in line]
+    return bool(state["global_step"] == state["max_steps"] == (steps or [None])[-1])

@@ -34,17 +34,6 @@ _FREE_KEYS = {
 # A file that `export` alone writes. An adapter's config is no sign of one: every run has its own.
 _OF_AN_EXPORT = ("export_proof.json", SMOKE_FILE)
 
-# What a run has written before its first step: a start that failed there can simply be repeated.
-_BEFORE_TRAINING = {
-    ".lock",
-    "config.yaml",
-    "data.json",
-    "environment.json",
-    "lengths.json",
-    "plan.json",
-    "reference",
-}
-
 
 def check_target(run: Path, target: Path, *, overwrite: bool) -> None:
     """Refuse a target that would cost a run or a folder that no export wrote."""
@@ -120,21 +109,6 @@ def checkpoint_facts(config: Config) -> dict[str, Any]:
         section, _, name = key.partition(".")
         values[section].pop(name, None) if name else values.pop(section)
     return {section: fingerprint(part)[:16] for section, part in values.items()}
-
-
-def check_folder(folder: Path, *, resume: bool) -> None:
-    used = folder.exists() and (
-        not folder.is_dir() or any(p.name not in _BEFORE_TRAINING for p in folder.iterdir())
-    )
-    if used and not resume:
-        hint = "resume it with --resume, or " if (folder / "config.yaml").is_file() else ""
-        raise OutputError(
-            f"output.dir {str(folder)!r}: exists already and is not empty; {hint}choose another folder."
-        )
-    if resume and not (folder / "config.yaml").is_file():
-        raise OutputError(
-            f"output.dir {str(folder)!r}: no run there to resume (config.yaml is missing)."
-        )
 
 
 def check_trackers(asked: str | Sequence[str] | None) -> None:

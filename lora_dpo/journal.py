@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.errors import OutputError
-from lora_dpo.store import lock_file
+from lora_dpo.store import lock_file, sync
 
 
 class Journal:
@@ -56,7 +56,7 @@ def open_journal(path: Path, head: Mapping[str, Any]) -> Iterator[Journal]:
             if not found:
                 journal.add(head)
                 journal.lines.clear()
-                _sync_folder(path.parent)
+                sync(path.parent)
             yield journal
 
 
@@ -102,13 +102,3 @@ def _check_head(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
             f"{path}: was begun with {key} {found.get(key)!r}, and this is {wanted.get(key)!r}. Go on "
             "with the same settings, or choose another file to write to."
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the name of a new file on the disk too, where the system can do that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -6,9 +6,10 @@ the mean over every row since the last one and not over the last micro-batch.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,11 +106,12 @@ class Window:
     """Sums of metrics since the last log line, kept on the device until they are read.
 
     Part of a checkpoint, so that a resumed run logs what an uninterrupted one does. NaN is no value:
-    a metric's mean is over the rows that have one.
+    a metric's mean is over the rows that have one. ``loss`` is that of the whole run.
     """
 
     names: list[str] = field(default_factory=list)
     totals: Tensor | None = None  # [2, metric], float64: sums and counts
+    loss: Tensor | None = None  # [2], the same of the loss alone, since the run began
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add a batch of per-row values."""
@@ -121,6 +123,18 @@ class Window:
         sums = table.masked_fill(missing, 0.0).sum(0)
         totals = torch.stack([sums, (~missing).double().sum(0)])
         self.totals = totals if self.totals is None else self.totals.to(totals.device) + totals
+        loss = totals[:, self.names.index("loss")]
+        self.loss = loss if self.loss is None else self.loss.to(loss.device) + loss
+
+    @property
+    def loss_of_the_run(self) -> float:
+        """The mean over every row since the run began; NaN before the first."""
+        total, count = self.sums_of_the_run()
+        return total / count if count else math.nan
+
+    def sums_of_the_run(self) -> list[float]:
+        """Return sum and count of the loss since the run began."""
+        return [0.0, 0.0] if self.loss is None else list(self.loss.tolist())
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over all rows added, and start again."""
@@ -139,11 +153,11 @@ class Window:
         return dict(zip(self.names, self.totals.T.tolist(), strict=True))
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Window:
-        """Return the window that ``state`` describes."""
+    def of(cls, state: Mapping[str, Any], loss: Sequence[float] = (0.0, 0.0)) -> Window:
+        """Return the window that ``state`` and ``sums_of_the_run`` describe."""
         values = list(state.values())
         totals = torch.tensor(values, dtype=torch.float64).T.contiguous() if values else None
-        return cls(list(state), totals)
+        return cls(list(state), totals, torch.tensor(loss, dtype=torch.float64))
 
 
 def peak_gib(device: torch.device) -> float:

@@ -16,7 +16,7 @@ from transformers import set_seed
 from lora_dpo.arguments import asks, build_arguments
 from lora_dpo.callbacks import EndCallback, show_log_lines
 from lora_dpo.card import model_card
-from lora_dpo.checkpoints import check_facts, latest_checkpoint
+from lora_dpo.checkpoints import check_facts
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import label_counts
 from lora_dpo.determinism import deterministic
@@ -32,7 +32,6 @@ from lora_dpo.evaluation import Evaluation, evaluate_policy
 from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by_side
 from lora_dpo.guards import (
     check_context,
-    check_folder,
     check_scaler,
     check_trackers,
     checkpoint_facts,
@@ -59,9 +58,10 @@ from lora_dpo.preparing import (
 )
 from lora_dpo.ranks import agreed, first_alone, processes, rank, refuse_launch
 from lora_dpo.reference_store import stored_reference_logps
+from lora_dpo.restarting import check_start, started
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
 from lora_dpo.stepping import fitted, row_length, rows_a_step, step_of
-from lora_dpo.store import lock, write_json, write_text
+from lora_dpo.store import new_folder, write_json, write_text
 from lora_dpo.surroundings import note_environment
 from lora_dpo.trainer import PreferenceTrainer
 from lora_dpo.watching import add_samples, plan_and_measurement
@@ -79,7 +79,8 @@ def train(
 
     Args:
         config: a ``Config``, a nested mapping, or the path of a YAML file.
-        resume: go on from the newest whole checkpoint of ``output.dir``.
+        resume: go on from the newest whole checkpoint of ``output.dir``; begin where there is none
+            yet; leave a run that has ended as it is.
         stop_after: the last step; learning rate and all else go as if the run were not cut short.
 
     Raises:
@@ -95,17 +96,21 @@ def train(
 
 def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
     folder = Path(config.output.dir)
-    check_folder(folder, resume=resume)
+    found = check_start(folder, config, resume=resume)
+    if found.state == "ended":
+        logger.info("%s: %s; nothing is left to do", folder, found.words)
+        return Run.open(folder)
+    if resume and found.state != "stopped":
+        logger.info("%s: %s; it begins now", folder, found.words)
+    resume = found.state == "stopped"
+    begun = step_of(str(found.checkpoint)) if found.checkpoint is not None else 0
     objective = bound_objective(config)
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     arguments = build_arguments(config.train.further, output_dir=str(folder), evaluates=evaluates)
     check_trackers(arguments.report_to)
-    begun = 0
-    if resume:
-        checkpoint, facts, _ = latest_checkpoint(folder)
-        expected = {**checkpoint_facts(config), "rows_a_step": rows_a_step(arguments)}
-        check_facts(checkpoint, {key: facts.get(key) for key in expected}, expected)
-        begun = step_of(str(checkpoint))
+    if resume and found.checkpoint is not None:
+        here, there = rows_a_step(arguments), found.facts.get("rows_a_step")
+        check_facts(found.checkpoint, {"rows_a_step": there}, {"rows_a_step": here})
     base = check_base(config.model)
     check_context(config, base)
     with first_alone():  # the others find the tokens that it has stored
@@ -120,7 +125,7 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
     with ExitStack() as held:
         with agreed():
             if rank() == 0:
-                held.enter_context(lock(folder))
+                held.enter_context(started(folder, config, found))
                 _write_settings(folder, config, data)
                 note_environment(folder, config, base, data.train, data.held_out, begun)
         set_seed(arguments.seed)
@@ -128,8 +133,8 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
             torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
         with agreed(), settings_of_the_library():
             trainer = _build_trainer(config, objective, arguments, data)
-            if resume:
-                check_scaler(checkpoint, trainer.accelerator.scaler)
+            if resume and found.checkpoint is not None:
+                check_scaler(found.checkpoint, trainer.accelerator.scaler)
             add_samples(trainer, config.output, tokenizer, data.held_out)
         if stop_after is not None:
             trainer.add_callback(EndCallback(stop_after))
@@ -318,11 +323,9 @@ def _finish(
     data: RunData,
 ) -> Run:
     folder = Path(config.output.dir)
-    if rank() == 0:
-        save_adapter(trainer.model, folder / "adapter")
-        if trainer.moves:
-            save_adapter(trainer.model, folder / "reference", adapter="reference")
-        tokenizer.save_pretrained(folder / "adapter")
+    with agreed():
+        if rank() == 0:
+            _write_adapters(trainer, tokenizer, folder)
     best = trainer.state.best_model_checkpoint
     results: dict[str, Any] = {
         "objective": str(trainer.objective),
@@ -347,12 +350,22 @@ def _finish(
             logger.info(line)
     with agreed():
         if rank() == 0:
-            write_json(folder / "run.json", results)
             write_text(folder / "adapter" / "README.md", model_card(config, results))
+            write_json(folder / "run.json", results)  # now the run has ended
     if config.output.diagnose and rank() == 0:
         _diagnose_at_the_end(trainer, tokenizer, data, folder)
     logger.info("adapter and metrics are in %s", folder)
     return Run(folder, config, results)
+
+
+def _write_adapters(trainer: PreferenceTrainer, tokenizer: Any, folder: Path) -> None:
+    """Write the reference, if it has moved, and then the adapter: each is whole or not there."""
+    if trainer.moves:
+        with new_folder(folder / "reference", overwrite=True) as work:
+            save_adapter(trainer.model, work, adapter="reference")
+    with new_folder(folder / "adapter", overwrite=True) as work:
+        save_adapter(trainer.model, work)
+        tokenizer.save_pretrained(work)
 
 
 def _diagnose_at_the_end(

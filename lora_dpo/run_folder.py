@@ -43,7 +43,7 @@ from lora_dpo.policy import (
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.stepping import fitted
-from lora_dpo.store import read_json
+from lora_dpo.store import read_json, read_manifest
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,6 +166,8 @@ class Run:
                 f"{folder}: no adapter there. The run has {', '.join(found) or 'no checkpoints'}"
                 f"{' and adapter/' if (self.folder / 'adapter').is_dir() else ' (training did not end)'}."
             )
+        if checkpoint != "final":
+            read_manifest(folder)  # whole, or it is not taken
         return folder
 
 

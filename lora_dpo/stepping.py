@@ -30,7 +30,7 @@ from lora_dpo.errors import ConfigError, DataError, TrainingError
 from lora_dpo.heads import base_dtype
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.ranks import forget_preparation, refuse_launch, whole_steps
-from lora_dpo.store import add_lines, lines_until
+from lora_dpo.store import add_lines, keep_lines_until
 
 logger = logging.getLogger("lora_dpo")
 
@@ -197,6 +197,8 @@ def balanced(bound: BoundObjective, train: Tokenised) -> BoundObjective:
 class RowMargins:
     """Reward margins of training rows as they were seen, for ``row_margins.jsonl``."""
 
+    MOST = 100  # steps that wait in memory, however seldom a line is logged
+
     def __init__(self) -> None:
         self.path: Path | None = None
         self._kept: list[tuple[int, list[tuple[str, int]], torch.Tensor]] = []
@@ -204,12 +206,14 @@ class RowMargins:
     def begin(self, step: int) -> None:
         """Leave of an older file what the checkpoint of this step had seen."""
         if self.path is not None:
-            lines_until(self.path, step)
+            keep_lines_until(self.path, step)
 
     def add(self, step: int, rows: Sequence[Mapping[str, Any]], margins: torch.Tensor) -> None:
         """Keep the margins of a step on the device."""
         if self.path is not None:
             self._kept.append((step, [(row["file"], row["row"]) for row in rows], margins))
+        if len(self._kept) >= self.MOST:
+            self.write()
 
     def write(self) -> None:
         """Append what was kept."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -41,11 +44,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a small file so that a reader sees the old one or the new one, never a half."""
+    with rewritten(path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def rewritten(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file beside its place, which it takes when the block ends well and all is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(name, 0o666 & ~_umask())
@@ -53,6 +63,43 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+_BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # the names of ``rewritten``
+
+
+def half_written(path: Path) -> bool:
+    """Whether a file is one that ``rewritten`` had not finished."""
+    return _BESIDE.fullmatch(path.name) is not None and path.is_file()
+
+
+def clear_half_written(folder: Path) -> None:
+    """Remove what killed processes left of files; call it where no other process writes."""
+    for path in folder.glob(".*"):
+        if half_written(path):
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk: what comes later is there later."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some file systems cannot do it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file below a folder on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            sync(path)
 
 
 def refuse_existing(path: Path) -> None:
@@ -81,18 +128,33 @@ def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
 
     What a checkpoint had not seen never happened, nor did a line that a killed process left torn.
     """
+    kept: list[dict[str, Any]] = []
+    keep_lines_until(path, step, kept.append)
+    return kept
+
+
+def keep_lines_until(
+    path: Path, step: int, heard: Callable[[dict[str, Any]], Any] | None = None
+) -> None:
+    """Do the same with one line in memory at a time.
+
+    Args:
+        path: of the file.
+        step: the last one.
+        heard: takes each line that is kept.
+    """
     if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= step:
-            kept.append((line, entry))
-    write_text(path, "".join(f"{line}\n" for line, _ in kept))
-    return [entry for _, entry in kept]
+        return
+    with path.open("rb") as source, rewritten(path) as target:
+        for line in source:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry["step"] <= step:
+                target.write(line.rstrip(b"\n") + b"\n")
+                if heard is not None:
+                    heard(entry)
 
 
 def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
@@ -123,45 +185,92 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises ``OutputError`` before anything is written if the target exists and is not empty, unless
     ``overwrite``; on any exception inside the block the temporary folder is removed and an existing
-    target stays as it was.
+    target stays as it was. What a killed process left beside the target is removed.
     """
     target = target.absolute()
+    _settle_killed(target)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(
             f"{target}: exists already and is not empty. Choose another folder, or ask for it to be "
             "replaced (--overwrite)."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.unfinished-"))
-    os.chmod(work, 0o777 & ~_umask())
-    try:
-        yield work
-        for path in work.rglob("*"):  # some libraries write files for the owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        _replace_folder(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    name = f".{target.name}{_UNFINISHED}{os.urandom(6).hex()}"
+    work, sign = target.with_name(name), target.with_name(f"{name}.lock")
+    with FileLock(sign):  # for as long as this process lives
+        try:
+            work.mkdir()
+            yield work
+            for path in work.rglob("*"):  # some libraries write files for the owner alone
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            sync_tree(work)
+            if target.exists():
+                os.replace(target, _moved_away(work))
+            os.replace(work, target)
+            sync(target.parent)
+        finally:
+            _settle(target, work)
+            sign.unlink(missing_ok=True)
+
+
+_UNFINISHED = ".unfinished-"
+
+
+def _moved_away(work: Path) -> Path:
+    """Return where an older target waits until the new one has its name."""
+    return work.with_name(f"{work.name}.old")
+
+
+def _settle(target: Path, work: Path) -> None:
+    """Remove a temporary folder; put back what had been moved away for it, or remove that too."""
+    old = _moved_away(work)
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    if old.is_file():
+        old.unlink()
+    for path in (old, work):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle_killed(target: Path) -> None:
+    """Settle what processes that live no more have left beside a target."""
+    for sign in target.parent.glob(f".{glob.escape(target.name)}{_UNFINISHED}*.lock"):
+        try:
+            with FileLock(sign, timeout=0):
+                _settle(target, sign.with_suffix(""))
+                sign.unlink(missing_ok=True)
+        except (Timeout, OSError):  # it lives; or nothing can be written here, which is told next
+            continue
 
 
 def write_manifest(folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Record every file of ``folder`` with size and sha256: the last file a writer writes."""
+    """Record every file of ``folder`` with size and sha256: the last file a writer writes.
+
+    All of them are on the disk before it, so that not even a loss of power leaves a manifest of
+    files that are not there.
+    """
+    sync_tree(folder)
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(folder / MANIFEST, {"facts": facts or {}, "files": files})
+    content = json.loads(json.dumps({"facts": facts or {}, "files": files}))
+    write_json(folder / MANIFEST, {**content, "sha256": fingerprint(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the facts of a folder's manifest after checking every file it lists.
+    """Return the facts of a folder's manifest after checking every file it lists, and itself.
 
     Raises ``OutputError`` where there is no manifest (an unfinished write) or a file is missing,
     truncated or changed.
     """
     manifest = read_json(folder / MANIFEST)
-    for name, expected in manifest["files"].items():
+    found = manifest if isinstance(manifest, dict) else {}
+    content: dict[str, Any] = {key: found.get(key) for key in ("facts", "files")}
+    if found.get("sha256") != fingerprint(content) or not isinstance(content["files"], dict):
+        raise OutputError(f"{folder / MANIFEST}: damaged, or of another version.")
+    for name, expected in content["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise OutputError(
@@ -171,7 +280,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise OutputError(f"{path}: missing, though the manifest of {folder} lists it.")
         if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
             raise OutputError(f"{path}: not what was written (size or checksum differs).")
-    facts: dict[str, Any] = manifest["facts"]
+    facts: dict[str, Any] = content["facts"]
     return facts
 
 
@@ -181,6 +290,20 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder / ".lock", folder):
         yield
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether another process holds a folder at this moment."""
+    sign = folder / ".lock"
+    if not sign.exists():
+        return False
+    try:
+        with FileLock(sign, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # read-only: nobody writes there
+        return False
 
 
 @contextmanager
@@ -200,16 +323,6 @@ def _held(sign: Path, what: Path) -> Iterator[None]:
         raise OutputError(
             f"{what}: another process is writing here. Wait for it, or choose another {kind}."
         ) from None
-
-
-def _replace_folder(work: Path, target: Path) -> None:
-    if target.exists():
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-        os.replace(target, old / "folder")
-        os.replace(work, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(work, target)
 
 
 def _umask() -> int:

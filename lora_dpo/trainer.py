@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
-from lora_dpo.callbacks import JsonlCallback, MovementCallback, StopCallback, show_log_lines
-from lora_dpo.checkpoints import (
-    STATE,
-    asked_checkpoint,
-    check_facts,
-    check_first_rows,
-    clear_unfinished,
-    rotate,
-    seal_checkpoint,
+from lora_dpo.callbacks import (
+    JsonlCallback,
+    MovementCallback,
+    ResumeCallback,
+    StopCallback,
+    show_log_lines,
 )
 from lora_dpo.engine import Engine, choose_engine, has_fast_layers, is_flat
 from lora_dpo.errors import DataError, TrainingError
@@ -41,9 +38,7 @@ from lora_dpo.policy import (
     describe_reference,
     prepare_policy,
     read_reference,
-    save_adapter,
     unwrap,
-    write_reference,
 )
 from lora_dpo.randomness import forked
 from lora_dpo.ranks import (
@@ -51,15 +46,14 @@ from lora_dpo.ranks import (
     largest,
     of_all,
     processes,
-    wait,
 )
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
 from lora_dpo.reference_store import stored_rows
+from lora_dpo.resuming import ResumableTrainer
 from lora_dpo.starting import start_lines
 from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
     RowMargins,
-    WholeSteps,
     balanced,
     batches_of,
     counted_tokens,
@@ -76,7 +70,7 @@ from lora_dpo.stepping import (
     stop_unless_finite,
     tokenised,
 )
-from lora_dpo.store import MANIFEST, read_json, write_json
+from lora_dpo.store import MANIFEST
 from lora_dpo.watching.advice import AdviceCallback
 from lora_dpo.watching.pace import Pace
 from lora_dpo.watching.progress import put_display
@@ -84,7 +78,7 @@ from lora_dpo.watching.progress import put_display
 logger = logging.getLogger("lora_dpo")
 
 
-class PreferenceTrainer(WholeSteps):
+class PreferenceTrainer(ResumableTrainer):
     """Train a policy on preferences against its reference.
 
     Args:
@@ -193,7 +187,8 @@ class PreferenceTrainer(WholeSteps):
 
     def _own_callbacks(self) -> list[TrainerCallback]:
         self.stop, self.advice = StopCallback(), AdviceCallback(self)
-        return [self.stop, MovementCallback(self.advice.tell), MovesCallback(self.moves)]
+        movement, moves = MovementCallback(self.advice.tell), MovesCallback(self.moves)
+        return [ResumeCallback(), self.stop, movement, moves]
 
     @property
     def micro_batch(self) -> int:
@@ -300,13 +295,13 @@ class PreferenceTrainer(WholeSteps):
             self.memory.probe(self._stats)
         self._margins.begin(step_of(resume_from_checkpoint))
         with self.stop.listening(), self.display.shown():
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = self._train(resume_from_checkpoint or None, **kwargs)
         self.stop.agree()
         saved = self.folder / f"checkpoint-{self.state.global_step}" / MANIFEST
         if self.stop.signal is not None and not saved.is_file():
             self._save_checkpoint(self.model, None)  # a save strategy can overrule the callback
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self.evaluated_at = -1  # the last evaluation was of another model
+            self.evaluated_at = self._logged_at = -1  # the last evaluation was of another model
             if self.moves:
                 read_reference(self.model, Path(self.state.best_model_checkpoint))
         if self.stop.signal is not None and self.state.global_step < self.state.max_steps:
@@ -322,11 +317,6 @@ class PreferenceTrainer(WholeSteps):
         scale = max(map(abs, self._check_logps), default=0.0)
         lines = start_lines(self.model, self.objective, self.states, stats, scale)
         return [self.engine, *self.memory.lines(), *self._kept_lines, *lines]
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run."""
-        return Path(str(self.args.output_dir))
 
     @property
     def reference_in_words(self) -> str:
@@ -349,56 +339,14 @@ class PreferenceTrainer(WholeSteps):
             self._kept_lines = check_known_reference(rows, reference_logps(stats))
         return stats
 
-    # ---- checkpoints -------------------------------------------------------------------------
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        if self.args.should_save:
-            save_adapter(self.model, Path(output_dir) if output_dir else self.folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            clear_unfinished(folder)
-        wait()  # before another process writes its random state there
-        super()._save_checkpoint(model, trial)
-        wait()  # until all have
-        if self.args.should_save:
-            self._seal(folder)
-        wait()
-
-    def _seal(self, folder: Path) -> None:
-        if self.moves:
-            write_reference(self.model, folder)
-            self._probe()  # its log-probs are others now
-        state = {
-            "window": self.window.state(),
-            "reference_logps": self._check_logps,
-            "objective": self.states,
-        }
-        write_json(folder / STATE, state)
-        self._margins.write()
-        seal_checkpoint(folder, {**self.facts, "reference": self.reference_in_words})
-        best = self.state.best_model_checkpoint
-        rotate(folder.parent, keep=self.keep_checkpoints, best=Path(best) if best else None)
-
-    def _check_resume(self, asked: str | bool) -> str:
-        folder, facts = asked_checkpoint(self.folder, asked)
-        check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
-        state = read_json(folder / STATE)
-        if self.moves:
-            read_reference(self.model, folder)
-        self._probe()
-        check_first_rows(folder, state["reference_logps"], self._check_logps)
-        self.window, self.states = Window.of(state["window"]), state["objective"]
-        logger.info("resuming from %s", folder)
-        return str(folder)
-
     # ---- logs --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics: means over every pair since the last line."""
+        """Add our metrics: means over every pair since the last line, and over the run at its end."""
+        if "eval_loss" in logs and self.state.global_step == self._logged_at:
+            return  # before the process was killed whose last checkpoint this one resumed from
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self.window.loss_of_the_run}
         if "loss" in logs:
             logs = {**logs, **self.window.means(), **self.pace.since_last_line()}
             logs["memory/peak_gib"] = largest(peak_gib(self.args.device))
@@ -407,7 +355,8 @@ class PreferenceTrainer(WholeSteps):
 
     def write_metrics_to(self, path: Path) -> None:
         """Keep every log line as JSON in ``path``, and beside it the margins of training rows."""
-        self.add_callback(JsonlCallback(path))
+        self._metrics = JsonlCallback(path)
+        self.add_callback(self._metrics)
         if self.is_world_process_zero():
             self.advice.path = path.with_name("notes.jsonl")
             self._margins.path = path.with_name("row_margins.jsonl")

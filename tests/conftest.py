@@ -35,7 +35,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers on disk, wide enough for NF4 blocks, in float32."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """Write that model, with its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,

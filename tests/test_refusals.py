@@ -190,6 +190,7 @@ def test_changed_data_stops_a_resume_an_evaluation_and_not_an_export(
         pair = json.loads(line)
         swapped.append({**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]})
     path.write_text("".join(json.dumps(pair) + "\n" for pair in swapped))
+    (run.folder / "run.json").unlink()  # as after a kill: one that has ended is not gone on with
     with pytest.raises(TrainingError, match=r"saved by another run \(rows: "):
         train({**values, "train": values["train"] | {"max_steps": 2}}, resume=True)
     with pytest.raises(DataError, match="the data has changed since the run"):

@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lora_dpo
+from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.cli import app
 from lora_dpo.config import Config
-from lora_dpo.errors import TrainingError
+from lora_dpo.errors import OutputError, TrainingError
 from lora_dpo.handing import export
 from lora_dpo.policy import bases
+from lora_dpo.restarting import check_start, found_in, started
 from lora_dpo.run import evaluate, generate, train
 from lora_dpo.run_folder import Run
+from lora_dpo.store import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +275,56 @@ def test_an_output_folder_in_use_and_a_resume_of_nothing_are_told(
     (tmp_path / "out" / "precious").write_text("mine")
     assert "already and is not empty" in command()
     assert "no run there to resume" in command(arguments=("--resume",))
-    assert "resume it with --resume" in command(f"output.dir={run.folder}")
+    assert "a run that has ended (6 steps)" in command(f"output.dir={run.folder}")
+
+
+def test_a_run_that_has_ended_is_left_as_it_is_by_a_resume(
+    run: Run, values: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO", "lora_dpo"):
+        again = train(values, resume=True)
+    assert again.results == json.loads(json.dumps(run.results))
+    assert "a run that has ended (6 steps); nothing is left to do" in caplog.text
+    assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_evaluated(run: Run) -> None:
+    (newest, *_) = reversed(list_checkpoints(run.folder))
+    sealed = (newest / MANIFEST).read_bytes()
+    step = newest.name.removeprefix("checkpoint-")
+    assert run.adapter_folder(step) == newest
+    for damage in (b"", sealed.replace(b'"bytes": ', b'"bytes": 1', 1)):
+        (newest / MANIFEST).write_bytes(damage)
+        with pytest.raises(OutputError):
+            run.adapter_folder(step)
+    (newest / MANIFEST).write_bytes(sealed)
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Between the first look at the folder and its lock lies the reading of the data."""
+    config = Config.parse({**values, "output": {"dir": str(tmp_path / "run")}})
+    found = check_start(tmp_path / "run", config, resume=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    taken = pytest.raises(OutputError, match="another process has written here")
+    with taken, started(tmp_path / "run", config, found):
+        raise AssertionError("started")
+    assert found_in(tmp_path / "run").state == "begun"
+
+
+def test_a_reference_of_a_start_that_failed_is_no_part_of_the_next_one(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """It would be taken for the frozen starting adapter of a run that has none."""
+    config = Config.parse({**values, "output": {"dir": str(tmp_path / "run")}})
+    (tmp_path / "run" / "reference").mkdir(parents=True)
+    found = check_start(tmp_path / "run", config, resume=False)
+    with started(tmp_path / "run", config, found):
+        assert not (tmp_path / "run" / "reference").exists()
 
 
 def test_a_resume_with_another_config_is_refused_and_the_run_kept(

@@ -210,7 +210,7 @@ def test_the_command_trains_on_instruction_data_and_train_names_it_where_a_label
     refused = CliRunner().invoke(app, ["train", str(path), *change[:2], *other])
     assert refused.exit_code == 1 and "lora-dpo sft" in refused.output
     again = CliRunner().invoke(app, ["sft", str(path), *change])
-    assert again.exit_code == 1 and "--resume" in again.output
+    assert again.exit_code == 1 and "a run that has ended (" in again.output
 
 
 def test_settings_of_a_reference_are_refused_where_none_runs(values: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,96 @@ def test_a_manifest_notices_every_change(tmp_path: Path, damage: str) -> None:
         (tmp_path / "manifest.json").unlink()
     with pytest.raises(OutputError):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_notices_every_flipped_bit_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"abcdef")
+    write_manifest(tmp_path, {"step": 3})
+    path = tmp_path / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 32):  # of letters: another one, and the other case
+            path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            with pytest.raises(OutputError):
+                read_manifest(tmp_path)
+    path.write_bytes(content)
+    assert read_manifest(tmp_path) == {"step": 3}
+
+
+def test_files_are_on_the_disk_before_the_manifest_that_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power leaves is what was synced: seen from outside, as the system is asked."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        sync(handle)
+
+    def renamed(source: str, target: Path) -> None:
+        done.append(f"name {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (folder / name).write_text(name)
+    write_manifest(folder)
+    named = done.index("name manifest.json")
+    assert {"sync a", "sync b", "sync sub", "sync checkpoint"} <= set(done[:named])
+    assert done[named - 1].startswith("sync .manifest.json.")  # its own content
+    assert done[named + 1 :] == ["sync checkpoint"]  # and its name
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lora_dpo import store
+target, moment = Path(sys.argv[1]), sys.argv[2]
+rename, seen = os.replace, []
+def killing(source, to):
+    rename(source, to)
+    seen.append(to)
+    if moment == f"rename {len(seen)}":
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = killing
+with store.new_folder(target, overwrite=True) as work:
+    (work / "file").write_text("new")
+    if moment == "filling":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["filling", "rename 1", "rename 2"])
+def test_a_folder_whose_writer_is_killed_is_the_old_one_or_the_new_one(
+    tmp_path: Path, moment: str
+) -> None:
+    """Between its two renames there is none for a moment; the next writer puts the old one back."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "file").write_text("old")
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(target), moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert target.exists() is (moment != "rename 1")
+    with pytest.raises(OutputError, match="not empty"), new_folder(target):
+        pass
+    assert (target / "file").read_text() == ("new" if moment == "rename 2" else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_work_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with new_folder(target) as mine:
+        (mine / "file").write_text("mine")
+        with new_folder(target) as other:
+            (other / "file").write_text("other")
+        assert (mine / "file").read_text() == "mine"
+        for path in target.iterdir():
+            path.unlink()  # an empty folder may be replaced
+    assert (target / "file").read_text() == "mine"
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_keys_and_do_on_values() -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
+from lora_dpo.callbacks import JsonlCallback
 from lora_dpo.checkpoints import latest_checkpoint, list_checkpoints
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
@@ -64,14 +65,18 @@ def _weights(policy: Any) -> torch.Tensor:
 
 def _logs(trainer: PreferenceTrainer) -> list[dict[str, float]]:
     return [
-        {
-            k: v
-            for k, v in entry.items()
-            if k not in UNREPEATABLE and "runtime" not in k and "per_second" not in k
-        }
+        _repeatable(entry)
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]
+
+
+def _repeatable(entry: dict[str, float]) -> dict[str, float]:
+    return {
+        k: v
+        for k, v in entry.items()
+        if k not in UNREPEATABLE and "runtime" not in k and "per_second" not in k
+    }
 
 
 def test_one_by_eight_equals_eight_by_one_along_a_trajectory(
@@ -205,6 +210,58 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(_weights(resumed.model), _weights(whole.model))
     assert _logs(resumed) == _logs(whole)
+    ends = [run.state.log_history[-1]["train_loss"] for run in (resumed, whole)]
+    assert ends[0] == ends[1]  # over the run, not over the steps of its last process
+    losses = [entry["loss"] for entry in _logs(whole) if "loss" in entry]
+    assert ends[1] == pytest.approx(sum(losses) / len(losses))  # lines of as many rows each
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_resumed_behind_its_last_step_does_no_further_one(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, best: bool
+) -> None:
+    """In mid-epoch, where the library would do one more; and nothing is logged twice."""
+    settings = {"max_steps": 6, "eval_on_start": True, "load_best_model_at_end": best}
+    runs = []
+    for resumes in (None, True):
+        trainer = _resumable(tiny_model, rows, tmp_path, learning_rate=0.3, **settings)
+        output = trainer.train(resume_from_checkpoint=resumes)
+        if trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+        logs = [_repeatable(entry) for entry in trainer.state.log_history]
+        runs.append(
+            (_weights(trainer.model), logs, trainer.state.global_step, output.training_loss)
+        )
+    (weights, logs, *numbers), (again, more, *same) = runs
+    assert torch.equal(weights, again) and more == logs and same == numbers
+    assert sum("eval_loss" in line for line in logs) == 3 + best
+    assert numbers[0] == 6 and "train_loss" in logs[-1 - best]
+
+
+def test_the_log_is_a_file_and_a_checkpoint_holds_its_last_lines_alone(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of training and of evaluation as many each; a resumed run goes on in the file, lines as before."""
+    monkeypatch.setattr(JsonlCallback, "KEPT", 1)
+    lines = {}
+    for name, callbacks in (("whole", []), ("broken", [_Kill(5, signal.SIGTERM)])):
+        every = {"logging_steps": 1, "eval_steps": 2, "save_steps": 2}
+        trainer = _resumable(tiny_model, rows, tmp_path / name, callbacks, **every)
+        trainer.write_metrics_to(tmp_path / name / "metrics.jsonl")
+        if callbacks:
+            with pytest.raises(TrainingError, match="stopped at step 6 of 8"):
+                trainer.train()
+            trainer = _resumable(tiny_model, rows, tmp_path / name, **every)
+            trainer.write_metrics_to(tmp_path / name / "metrics.jsonl")
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        kept = json.loads((tmp_path / name / "checkpoint-8" / "trainer_state.json").read_text())
+        assert 2 <= len(kept["log_history"]) <= 4  # of 12 lines
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [_repeatable(json.loads(line)) for line in text.splitlines()]
+    assert len(lines["whole"]) == 8 + 4 + 1
+    assert lines["broken"] == lines["whole"]
 
 
 def test_a_resume_from_another_reference_or_other_facts_is_refused(
@@ -240,6 +297,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_is_an_error(
         (checkpoint / MANIFEST).unlink()
     with pytest.raises(OutputError, match="nothing to resume from"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_damaged_best_checkpoint_is_told_and_the_last_step_kept(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    class Damage(TrainerCallback):
+        """Once it is saved, and no longer the newest."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            best = state.best_model_checkpoint
+            if state.global_step == state.max_steps - 1 and best:
+                path = Path(best) / "adapter_model.safetensors"
+                path.write_bytes(path.read_bytes()[:-1])
+
+    arguments = {"load_best_model_at_end": True, "learning_rate": 3.0, "save_steps": 1}
+    trainer = _resumable(tiny_model, rows, tmp_path, [Damage()], eval_steps=1, **arguments)
+    with pytest.raises(OutputError, match=r"the best checkpoint.*is damaged.*not what was written"):
+        trainer.train()
+    assert trainer.state.best_global_step < 8
+    assert latest_checkpoint(tmp_path)[0].name == "checkpoint-8"
 
 
 def test_rotation_keeps_the_newest_and_the_best_and_no_pickle_of_arguments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dpo.data.preferences import Preferences
 from lora_dpo.data.records import Labelled, Pair, digest
-from lora_dpo.errors import DataError, OutputError
+from lora_dpo.errors import OutputError
 from lora_dpo.store import fingerprint, new_folder, read_json, read_manifest, write_json
 from lora_dpo.store import write_manifest as write_store_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("lora_dpo")
 
 FORMAT = 2  # raise it whenever the same rows and settings give other ids
 
@@ -77,14 +80,18 @@ def load(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
         rows = importlib.import_module("datasets").load_from_disk(str(folder / "rows"))
         listed = read_json(folder / "manifest.json")["files"]
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-        return (rows, facts) if present - {"manifest.json"} == set(listed) else None
+        whole = present - {"manifest.json"} == set(listed) and {"report", "summary"} <= facts.keys()
+        return (rows, facts) if whole else None
     except Exception:
         # A cache that is damaged in whatever way costs time, never the run.
         return None
 
 
 def save(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) -> None:
-    """Write an entry as a whole; one that another process wrote meanwhile is as good."""
+    """Write an entry as a whole; one that another process wrote meanwhile is as good.
+
+    A disk that takes none costs time in the next run, not this one.
+    """
     try:
         with new_folder(folder, overwrite=True) as work, _quiet():
             rows.save_to_disk(str(work / "rows"))
@@ -92,10 +99,7 @@ def save(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) -> None:
             write_store_manifest(work, {"key": key})
     except (OSError, OutputError) as error:
         if load(folder, key) is None:
-            raise DataError(
-                f"cache_dir {folder.parent}: cannot be written ({error}). Choose another folder, "
-                "or leave cache_dir out."
-            ) from None
+            logger.warning("%s: the tokens could not be kept there (%s)", folder.parent, error)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from lora_dpo.store import add_lines, lines_until
 
 logger = logging.getLogger("lora_dpo")
 
-LINES = 256  # of training, by which the present is judged
+LINES = 256  # of training, and of evaluations, by which the present is judged
 NORMAL = "chosen falls a little"
 
 
@@ -49,7 +49,7 @@ class Advisor:
     def __init__(self, told: Iterable[str] = ()) -> None:
         self._told = set(told)
         self._training: deque[Mapping[str, Any]] = deque(maxlen=LINES)
-        self._held_out: list[Mapping[str, Any]] = []
+        self._held_out: deque[Mapping[str, Any]] = deque(maxlen=LINES)
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take in lines that have been judged before."""

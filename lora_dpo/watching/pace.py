@@ -29,8 +29,7 @@ class Pace:
         """Forget all steps: the first one starts now."""
         self.steps, self._seconds, self._all_rows = 0, 0.0, 0
         self._last: deque[tuple[float, int]] = deque(maxlen=LAST_STEPS)
-        self._rests: list[float] = []
-        self._rested = 0.0
+        self._rests, self._rested = 0, 0.0
         self._rows, self._rows_before = 0, 0
         self.tokens, self._line, self._step = 0, self._worked(), self._worked()
 
@@ -46,8 +45,8 @@ class Pace:
         try:
             yield
         finally:
-            self._rests.append(self._clock() - began)
-            self._rested += self._rests[-1]
+            self._rests += 1
+            self._rested += self._clock() - began
             self.tokens = tokens
 
     def step_done(self) -> None:
@@ -99,7 +98,7 @@ class Pace:
         seconds = steps * self.seconds_a_step
         if not self._rests:
             return seconds, evaluations
-        return seconds + evaluations * sum(self._rests) / len(self._rests), 0
+        return seconds + evaluations * self._rested / self._rests, 0
 
     def measured(self) -> dict[str, float | int | None]:
         """Return seconds of a step and pairs a second for the record; of all steps, where few are done."""

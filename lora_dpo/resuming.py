@@ -1,0 +1,134 @@
+"""The part of the trainer that writes checkpoints and goes on from them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import TrainOutput
+
+from lora_dpo.callbacks import JsonlCallback, NothingLeftError
+from lora_dpo.checkpoints import (
+    STATE,
+    asked_checkpoint,
+    check_best,
+    check_facts,
+    check_first_rows,
+    evaluated_at_its_end,
+    new_checkpoint,
+    read_state,
+    rotate,
+    seal_checkpoint,
+)
+from lora_dpo.metrics import Window
+from lora_dpo.policy import read_reference, save_adapter, write_reference
+from lora_dpo.ranks import wait
+from lora_dpo.stepping import WholeSteps, step_of
+from lora_dpo.store import write_json
+
+logger = logging.getLogger("lora_dpo")
+
+
+class ResumableTrainer(WholeSteps):
+    """A trainer whose checkpoints are whole or not there, and hold all that the next step depends on.
+
+    ``PreferenceTrainer`` gives it what it writes: the rest of a checkpoint is the library's.
+    """
+
+    model: Any
+    moves: Any
+    window: Window
+    states: Any
+    facts: dict[str, Any]
+    keep_checkpoints: int | None
+    _margins: Any
+    _check_logps: list[float]
+    _metrics: JsonlCallback | None = None
+    _logged_at: int = -1  # the step of an evaluation that a resumed run's log has
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def reference_in_words(self) -> str:
+        """What the reference is."""
+        raise NotImplementedError
+
+    def _probe(self) -> Any:
+        raise NotImplementedError
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if self.args.should_save:
+            save_adapter(self.model, Path(output_dir) if output_dir else self.folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with new_checkpoint(folder, writes=self.args.should_save):
+            wait()  # before another process writes its random state there
+            super()._save_checkpoint(model, trial)
+            wait()  # until all have
+            if self.args.should_save:
+                self._seal(folder)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, keep=self.keep_checkpoints, best=best)
+        wait()
+
+    def _seal(self, folder: Path) -> None:
+        if self.moves:
+            write_reference(self.model, folder)
+            self._probe()  # its log-probs are others now
+        state = {
+            "window": self.window.state(),
+            "loss": self.window.sums_of_the_run(),
+            "reference_logps": self._check_logps,
+            "objective": self.states,
+            "metrics": self._metrics.mark() if self._metrics else None,
+        }
+        write_json(folder / STATE, state)
+        self._margins.write()
+        seal_checkpoint(folder, {**self.facts, "reference": self.reference_in_words})
+
+    def _train(self, checkpoint: str | None, **options: Any) -> TrainOutput:
+        """Train with the library, and end a run that was killed behind its last step.
+
+        The library does one step more from such a checkpoint, where that is not the end of an epoch.
+        """
+        try:
+            output: TrainOutput = super().train(resume_from_checkpoint=checkpoint, **options)
+        except NothingLeftError:
+            self.is_in_train = False
+            self.log({"train_runtime": 0.0, "total_flos": self.state.total_flos, "train_loss": 0.0})
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            end = self.callback_handler.on_train_end
+            self.control = end(self.args, self.state, self.control)
+            output = TrainOutput(self.state.global_step, 0.0, self.state.log_history[-1])
+        return output._replace(training_loss=self.window.loss_of_the_run)
+
+    def _load_best_model(self) -> None:
+        check_best(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
+
+    def _check_resume(self, asked: str | bool) -> str:
+        folder, facts = asked_checkpoint(self.folder, asked)
+        check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
+        state = read_state(folder)
+        if self.moves:
+            read_reference(self.model, folder)
+        self._probe()
+        check_first_rows(folder, state["reference_logps"], self._check_logps)
+        self.window, self.states = Window.of(state["window"], state["loss"]), state["objective"]
+        if evaluated_at_its_end(folder):
+            self._logged_at = step_of(str(folder))
+        if self._metrics is not None:
+            self._metrics.resume(state["metrics"])
+        self.args.eval_on_start = False  # it was, when the run began
+        logger.info("resuming from %s", folder)
+        return str(folder)

@@ -1,0 +1,1 @@
+"""What nights bring: kills, full disks, damaged files. ``python -m tests.faults.campaign --help``."""

@@ -1,0 +1,165 @@
+"""Thousands of steps of a tiny run: does anything grow that should not?
+
+python -m tests.faults.soak --steps 4000 --out docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tests.faults import page
+from tests.faults.checks import logged_step
+from tests.faults.world import World, _command
+
+RESIDENT, ALLOCATED = 8.0, 4.0  # MiB that may be gained over the last two thirds
+BEAT = 0.25  # seconds between two looks at memory
+
+
+_COUNTS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")
+_COUNTS += ("uordblks", "fordblks", "keepcost")
+
+
+class _Allocated(ctypes.Structure):
+    """What glibc's allocator says of itself (``mallinfo2``)."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in _COUNTS]
+
+
+def _watched(words: tuple[str, ...], log: str, environment: dict[str, str], beats: str) -> None:
+    """Run the command beside a thread that writes down memory: resident and allocated bytes."""
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = _Allocated
+
+    def look() -> None:
+        with open(beats, "w", encoding="utf-8") as stream:
+            while True:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                found = library.mallinfo2()
+                resident = pages * os.sysconf("SC_PAGE_SIZE")
+                stream.write(f"{time.time()} {resident} {found.uordblks + found.hblkhd}\n")
+                stream.flush()
+                time.sleep(BEAT)
+
+    threading.Thread(target=look, daemon=True).start()
+    _command(words, log, environment)
+
+
+def soak(folder: Path, steps: int) -> tuple[str, list[str]]:
+    """Run so many steps; return the table and what did not hold."""
+    world = World.make(folder, 0)
+    every = max(steps // 40, 1)
+    trial = world.trial(
+        "soak",
+        {
+            "train.max_steps": steps,
+            "train.save_steps": every,
+            "train.eval_steps": every,
+            "lora.dropout": 0.1,
+        },
+    )
+    beats, (sizes, kept) = folder / "beats.txt", ([], [])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.preload"])
+    words, environment = ("train", str(trial.path)), {"LORA_DPO_CACHE": str(trial.cache)}
+    process = context.Process(
+        target=_watched, args=(words, str(trial.log), environment, str(beats))
+    )
+    process.start()
+    with tqdm(total=steps, unit="step", mininterval=1) as bar:
+        while process.is_alive():
+            process.join(1)
+            bar.update(_tail_step(trial.run / "metrics.jsonl") - bar.n)
+            folders = list(trial.run.glob("checkpoint-*/manifest.json"))
+            kept.append(len(folders))
+            sizes += [_size(path.parent) for path in folders[:1]]
+    assert process.exitcode == 0, trial.log.read_text()[-3000:]
+    assert logged_step(trial) == steps
+    return _judged(trial.run, beats, steps, sizes, kept)
+
+
+def _judged(
+    run: Path, beats: Path, steps: int, sizes: list[int], kept: list[int]
+) -> tuple[str, list[str]]:
+    table = np.array([line.split() for line in beats.read_text().splitlines()], dtype=float)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    pace = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
+    third = len(table) // 3
+    tried = table[third:, 1:] / 2**20  # [beats, 2], MiB
+    tenth = max(len(tried) // 10, 1)
+    gained = np.median(tried[-tenth:], 0) - np.median(tried[:tenth], 0)
+    metrics = (run / "metrics.jsonl").stat().st_size / steps
+    first, last = (np.median(part) for part in (pace[steps // 3 : steps // 2], pace[-steps // 6 :]))
+    rows = [
+        (
+            "resident memory (MiB), gained over the last two thirds",
+            f"{gained[0]:+.1f}",
+            f"{RESIDENT:.0f}",
+        ),
+        ("allocated by malloc (MiB), likewise", f"{gained[1]:+.1f}", f"{ALLOCATED:.0f}"),
+        ("resident memory at the end (MiB)", f"{tried[-1, 0]:.0f}", ""),
+        ("a checkpoint, largest to smallest", f"{max(sizes) / min(sizes):.2f}", "1.5"),
+        ("whole checkpoints at a time", max(kept), "4"),
+        ("metrics.jsonl (bytes a step)", f"{metrics:.0f}", "2000"),
+        ("pairs a second, last sixth to the second sixth after a third", f"{last / first:.2f}", ""),
+    ]
+    failed = [
+        f"{what}: {value}, bound {bound}"
+        for what, value, bound in rows
+        if bound and float(value) > float(bound)
+    ]
+    text = f"{steps} steps, every one logged; {page.machine()}."
+    return f"{text}\n\n" + page.table(["what", "measured", "bound"], rows), failed
+
+
+def _tail_step(path: Path) -> int:
+    """Return the step of the last whole line, read from the end of the file."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - 8192, 0))
+        for line in reversed(stream.read().split(b"\n")):
+            try:
+                return int(json.loads(line)["step"])
+            except ValueError:
+                continue
+    return 0
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the soak; exit with 1 where a bound does not hold."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=4000, help="of the run (4000)")
+    parser.add_argument("--out", type=Path, help="the page whose table is written")
+    args = parser.parse_args(words)
+    folder = Path(tempfile.mkdtemp(prefix="lora-dpo-soak-"))
+    text, failed = soak(folder, args.steps)
+    if args.out:
+        page.put(args.out, "soak", f"`python -m tests.faults.soak --steps {args.steps}`: {text}")
+    print(text)
+    for line in failed:
+        print(f"does not hold: {line}", file=sys.stderr)
+    shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A sample of the campaign: ``python -m tests.faults.campaign`` has the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import page, storage
+from tests.faults.checks import Whole
+from tests.faults.kills import killed_run, uninterrupted
+from tests.faults.world import SETTINGS, World
+
+SAMPLE = "KTO's running baseline, stored reference, dropout"
+MOMENTS = [
+    "filling the store of reference log-probs",
+    "writing a checkpoint",
+    "the end: adapter, results",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings() -> None:
+    SETTINGS[SAMPLE] = {
+        "objective.name": "kto_running",
+        "train.cache_reference": True,
+        "lora.dropout": 0.1,
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World.make(tmp_path_factory.mktemp("faults"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(world: World) -> Whole:
+    return uninterrupted(world, SAMPLE)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nobody_had(
+    world: World, expected: Whole
+) -> None:
+    """Real processes, SIGKILL, ``--resume`` each time; the end is compared byte for byte."""
+    assert list(killed_run(world, SAMPLE, expected, MOMENTS, 0))
+
+
+def test_a_full_disk_is_one_error_and_costs_nothing_that_was_saved(
+    world: World, expected: Whole
+) -> None:
+    try:
+        (tried,) = storage.full_disk(world, SAMPLE, expected, shares=(0.5,))
+    except storage.NotHereError as error:
+        pytest.skip(str(error))
+    assert tried.outcome.startswith("one error")
+
+
+def test_a_part_of_a_page_is_replaced_and_its_rest_kept(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n")
+    page.put(path, "x", page.table(["n"], [[1]]))
+    once = path.read_text()
+    assert once.startswith("a\n<!-- x -->\n") and once.endswith("<!-- end of x -->\nb\n")
+    assert "| 1 |" in once and "old" not in once
+    page.put(path, "x", page.table(["n"], [[1]]))
+    assert path.read_text() == once
+    with pytest.raises(SystemExit, match="no place for 'y'"):
+        page.put(path, "y", "")
