@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from lora_dpo.config.plain import given
 from lora_dpo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ _AT_LEAST = {
 }
 _BELOW = {"seed": 2**32, "warmup_steps": 10**9, "logging_steps": 10**9, "save_steps": 10**9}
 _BELOW |= {"eval_steps": 10**9, "learning_rate": 10**3, "num_train_epochs": 10**6}
+_BELOW |= {"per_device_train_batch_size": 10**6, "per_device_eval_batch_size": 10**6}
+_BELOW |= {"gradient_accumulation_steps": 10**6, "max_steps": 10**9, "dataloader_num_workers": 1024}
 _ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 
 
@@ -198,8 +201,10 @@ def build_arguments(
     fields.update(checkpointing_fields(merged))
     try:
         return TrainingArguments(output_dir=output_dir, **fields)
-    except (ValueError, TypeError, ImportError, RuntimeError, OverflowError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        # Settings that contradict each other: the library checks them with whatever it has at hand.
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"train: {reason or type(error).__name__}") from None
 
 
 def checkpointing_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _field_types() -> dict[str, Any]:
 
 
 def _value_problems(key: str, value: Any, annotation: Any) -> list[str]:
-    where = f"train.{key}: got {value!r}"
+    where = f"train.{key}: got {given(value)}"
     try:
         checked = _converted(value, annotation)
     except ValidationError as error:
@@ -291,4 +296,4 @@ def _narrowed(annotation: Any) -> Any:
     return enums[0] if len(enums) == 1 else annotation
 
 
-_ADAPTER: Any = {"arbitrary_types_allowed": True}
+_ADAPTER: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False}

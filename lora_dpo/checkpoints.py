@@ -200,7 +200,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-_OF_A_STATE = {"window", "loss", "reference_logps", "objective", "metrics"}
+_OF_A_STATE = {"window", "loss", "reference_logps", "objective", "metrics", "skipped_steps"}
 
 
 def progress_of(folder: Path) -> tuple[int, int]:

@@ -29,7 +29,9 @@ class ConfigError(LoraDpoError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        more = len(self.problems) - MOST_TOLD
+        told = [*self.problems[:MOST_TOLD], *[f"... and {more} more."] * (more > 0)]
+        super().__init__("\n".join(told))
 
 
 class DataError(LoraDpoError):
@@ -60,7 +62,12 @@ class ExportError(LoraDpoError):
     """An export that is not, or cannot be, the policy that was trained."""
 
 
+MOST_TOLD = 30  # problems of one config
+LONGEST_NAME = 200  # characters; what is longer is no typing error, and takes long to compare
+
+
 def nearest(given: str, legal: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest legal name, or an empty string."""
-    close = difflib.get_close_matches(given, list(legal), n=1, cutoff=0.5)
+    near = (name for name in legal if len(name) <= LONGEST_NAME)
+    close = difflib.get_close_matches(given[:LONGEST_NAME], near, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
-from lora_dpo.data.vocabulary import one_bos, without_bos
+from lora_dpo.data.imitations import encode_conversation
+from lora_dpo.data.report import excerpt
+from lora_dpo.data.vocabulary import Vocabulary, one_bos, without_bos
 from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ModelError
 from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference, unwrap
 from lora_dpo.randomness import forked
 from lora_dpo.showing import Told
+
+logger = logging.getLogger("lora_dpo")
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -270,28 +276,51 @@ def encode_prompt(
                 "the prompt is a chat and the tokenizer has no chat template; give plain text, or set "
                 "data.chat_template."
             )
-        try:
-            text = tokenizer.apply_chat_template(
-                list(prompt),
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_arguments or {}),
-            )
-        except Exception as error:  # a template is a program that came with the model
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"the chat template cannot render the prompt ({reason}); set data.chat_template to one "
-                "that can."
-            ) from None
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return one_bos(tokenizer, ids)[0]
+        return _encode_chat(tokenizer, prompt, template_arguments or {})
     text, opened = without_bos(tokenizer, prompt)
-    ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])  # text: no control tokens
+    ids: list[int] = list(
+        tokenizer(text, split_special_tokens=True)["input_ids"]
+    )  # text: no control tokens
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     if opened and tokenizer.bos_token_id not in ids[:1]:
         ids.insert(0, tokenizer.bos_token_id)
     return ids
+
+
+def _encode_chat(
+    tokenizer: Any, prompt: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> list[int]:
+    def render(turns: Sequence[Mapping[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=True, **arguments
+            )
+        )
+
+    try:
+        vocabulary = _vocabulary(tokenizer, tokenizer.eos_token_id, len(tokenizer))
+        ids, plain = encode_conversation(vocabulary, render, list(prompt))
+    except Exception as error:  # a template is a program that came with the model
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the chat template cannot render the prompt ({reason}); its roles are "
+            f"{', '.join(str(turn.get('role')) for turn in prompt)}. Set data.chat_template to one that can."
+        ) from None
+    if not plain:
+        logger.warning(
+            "a prompt holds text of control tokens, which this tokenizer or chat template cannot keep "
+            "as text: %s",
+            excerpt(prompt_text(prompt)),
+        )
+    return one_bos(tokenizer, ids)[0]
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any, end: int | None, size: int) -> Vocabulary:
+    """Return what is known of a tokenizer's tokens: looking at thousands of them takes its time."""
+    stops: frozenset[int] = frozenset() if end is None else frozenset({int(end)})
+    return Vocabulary(tokenizer, stops, end or 0, tokenizer.bos_token_id)
 
 
 def as_trained(prompts: Sequence[Prompt], *, chat: bool) -> list[Prompt]:

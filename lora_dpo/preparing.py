@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from lora_dpo.config import Config
 from lora_dpo.data import DataReport, Preferences, Tokenised, load_preferences, tokenise
 from lora_dpo.data.preferences import Kind
+from lora_dpo.data.records import digest
 from lora_dpo.errors import DataError, ModelError
 
 logger = logging.getLogger("lora_dpo")
@@ -147,7 +148,14 @@ def reference_cache(config: Config) -> Path | None:
 
 def _note_leaks(rows: Preferences, held: Preferences) -> None:
     if shared := rows.shared_prompts(held):
+        here, there = next(iter(shared.values()))
+        known = {digest(row.content) for row in held.rows}
+        same = sum(digest(row.content) in known for row in rows.rows)
         logger.warning(
-            "%d prompts stand in data.train and in data.eval; held-out figures will be too good.",
+            "%d prompts stand in data.train and in data.eval%s; held-out figures will be too good. The "
+            "first: %s and %s",
             len(shared),
+            f" ({same} whole rows stand in both)" if same else "",
+            here[0],
+            there,
         )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_dpo.data import Preferences, load_preferences
-from lora_dpo.data.problems import Problems
-from lora_dpo.data.readers import Raw, is_known, read_file
+from lora_dpo.data.imitations import leaves
+from lora_dpo.data.loading import check_unicode
+from lora_dpo.data.messages import shown, to_messages
+from lora_dpo.data.problems import BadRow, Problems
+from lora_dpo.data.readers import is_known, read_file
+from lora_dpo.data.sources import as_path
 from lora_dpo.errors import DataError
 from lora_dpo.generation import Prompt, as_trained
 from lora_dpo.preparing import load_rows
@@ -66,13 +70,8 @@ def check_room(prompts: Sequence[Sequence[int]], context: int, wanted: int) -> N
 
 def _given(run: Run, source: Any) -> list[Prompt]:
     if isinstance(source, (list, tuple)):
-        for place, prompt in enumerate(source, start=1):
-            if not _is_prompt(prompt):
-                raise DataError(
-                    f"prompts: number {place} is {prompt!r}; expected text or messages."
-                )
-        return list(source)
-    path = Path(str(source)).expanduser()
+        return [_checked(p, f"prompts: number {i}") for i, p in enumerate(source, start=1)]
+    path = as_path(source)
     if path.suffix.lower() == ".txt":
         return list(_lines(path))
     if path.is_file() and is_known(path):
@@ -80,7 +79,9 @@ def _given(run: Run, source: Any) -> list[Prompt]:
         table = read_file(path, problems)
         problems.raise_if_any()
         if "prompt" in table.columns and not _ANSWERS & set(table.columns):
-            return [_prompt_of(row) for row in table.rows]
+            return [
+                _checked(row.values.get("prompt"), f"{row.origin}: prompt") for row in table.rows
+            ]
     elif not path.exists():
         # a hub id, or a mistake: the readers tell which
         return _of(load_preferences(str(source), columns=run.config.data.columns or None))
@@ -97,24 +98,26 @@ def _lines(path: Path) -> list[str]:
     return [line.strip("\r") for line in text.split("\n") if line.strip()]
 
 
-def _prompt_of(row: Raw) -> Prompt:
-    prompt: Any = row.values.get("prompt")
-    if not _is_prompt(prompt):
-        raise DataError(
-            f"{row.origin}: prompt is {prompt!r}; expected text, or messages with role and content."
-        )
-    found: Prompt = prompt
-    return found
+def _checked(value: Any, where: str) -> Prompt:
+    """Return a prompt that can be asked: text, or messages with the roles of ours.
 
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return (
-        isinstance(value, Sequence)
-        and bool(value)
-        and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in value)
-    )
+    Raises:
+        DataError: it is something else, or holds half of a character.
+    """
+    try:
+        if isinstance(value, str) and value.strip():
+            found: Any = value
+        elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+            found = [dict(turn) for turn in to_messages(value, "messages", lambda reason: None)]
+        else:
+            raise DataError(
+                f"{where} is {shown(value)}; expected text, or messages with role and content."
+            )
+        for text in leaves(found):
+            check_unicode(text, "it")
+    except BadRow as bad:
+        raise DataError(f"{where}: {bad}") from None
+    return cast(Prompt, found)
 
 
 def _of(rows: Preferences) -> list[Prompt]:

@@ -69,16 +69,49 @@ def reference_batches(
         batch = collate(policy, [data.rows[i] for i in part]).to(device)
         with reference(policy):  # not around the yield: the caller may be gone for good
             logps = completion_logps(policy, batch, chunk=chunk)
-        yield part, logps.double().cpu().reshape(columns, len(part)).T
+        found = logps.double().cpu().reshape(columns, len(part)).T
+        if len(part) > 1 and not bool(torch.isfinite(found).all()):
+            # what is no number may reach rows beside it, which are not to blame
+            yield from reference_batches(policy, data, part, batch_size=1, chunk=chunk)
+        else:
+            yield part, found
 
 
 def with_columns(data: Tokenised, table: Tensor) -> Tokenised:
-    """Return the rows with these log-probs ``[rows, columns]`` of the reference."""
+    """Return the rows with these log-probs ``[rows, columns]`` of the reference.
+
+    Raises:
+        TrainingError: names rows whose log-prob is not a finite number.
+    """
     columns = COLUMNS[data.kind]
+    check_finite_reference(data.rows, table)
     rows = data.rows.remove_columns([c for c in columns if c in data.rows.column_names])
     for name, column in zip(columns, table.T.tolist(), strict=True):
         rows = rows.add_column(name, column)
     return replace(data, rows=rows)
+
+
+def check_finite_reference(rows: Any, table: Tensor) -> None:
+    """Hold that the reference gives every answer some probability, so that a log-ratio exists.
+
+    Args:
+        rows: with file and row.
+        table: log-probs of the reference ``[rows, columns]``.
+
+    Raises:
+        TrainingError: names the rows.
+    """
+    bad = (~torch.isfinite(table)).any(1).nonzero().flatten().tolist()
+    if not bad:
+        return
+    places = [f"{rows[i]['file']}:{rows[i]['row']}" for i in bad[:10]]
+    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+    values = table[bad[0]]
+    raise TrainingError(
+        f"{', '.join(places)}{more}: the log-prob of an answer under the reference is "
+        f"{float(values[~torch.isfinite(values)][0])}, so no log-ratio exists. Nothing was trained. Remove "
+        "these rows, or use model.compute_dtype: float32 if the base is sound in it."
+    )
 
 
 def has_known_reference(data: Tokenised) -> bool:
@@ -105,8 +138,10 @@ def check_known_reference(rows: Sequence[Mapping[str, Any]], computed: Tensor) -
     """Hold that kept log-probs are those of this reference; return a sentence on how near they are.
 
     Raises:
-        TrainingError: they are another reference's, or of other rows.
+        TrainingError: they are another reference's, or of other rows; or one computed now is not a
+            finite number.
     """
+    check_finite_reference(rows, computed.reshape(-1, len(rows)).T)
     kept = known_reference(rows, computed.device)
     if kept is None:
         return []

@@ -23,6 +23,7 @@ from lora_dpo.checkpoints import (
     seal_checkpoint,
 )
 from lora_dpo.metrics import Window
+from lora_dpo.nonfinite import Steps
 from lora_dpo.policy import read_reference, save_adapter, write_reference
 from lora_dpo.ranks import wait
 from lora_dpo.stepping import WholeSteps, step_of
@@ -40,6 +41,7 @@ class ResumableTrainer(WholeSteps):
     model: Any
     moves: Any
     window: Window
+    steps: Steps
     states: Any
     facts: dict[str, Any]
     keep_checkpoints: int | None
@@ -89,6 +91,7 @@ class ResumableTrainer(WholeSteps):
             "loss": self.window.sums_of_the_run(),
             "reference_logps": self._check_logps,
             "objective": self.states,
+            "skipped_steps": self.steps.skipped,
             "metrics": self._metrics.mark() if self._metrics else None,
         }
         write_json(folder / STATE, state)
@@ -125,6 +128,7 @@ class ResumableTrainer(WholeSteps):
         self._probe()
         check_first_rows(folder, state["reference_logps"], self._check_logps)
         self.window, self.states = Window.of(state["window"], state["loss"]), state["objective"]
+        self.steps.skipped = state["skipped_steps"]
         if evaluated_at_its_end(folder):
             self._logged_at = step_of(str(folder))
         if self._metrics is not None:

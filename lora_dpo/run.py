@@ -296,6 +296,7 @@ def _build_trainer(
         memory_budget_gib=config.train.memory_budget_gib,
         reference_moves=reference_moves(config),
         reference_cache=reference_cache(config),
+        on_nonfinite=config.train.on_nonfinite,
         facts=checkpoint_facts(config),
     )
     trainer.write_metrics_to(Path(config.output.dir) / "metrics.jsonl")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lora_dpo.arguments import REFUSED
@@ -26,7 +24,7 @@ from lora_dpo.data import (
     with_mismatched,
 )
 from lora_dpo.data.preferences import Kind
-from lora_dpo.errors import ConfigError, DataError, TrainingError
+from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.heads import base_dtype
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.ranks import forget_preparation, refuse_launch, whole_steps
@@ -191,6 +189,15 @@ def balanced(bound: BoundObjective, train: Tokenised) -> BoundObjective:
             "both weigh the same (set objective.desirable_weight to choose)"
         )
     logger.info(text)
+    if not wanted or not unwanted:
+        missing = "unwanted" if wanted else "wanted"
+        logger.warning(
+            "labels: no row is %s, so nothing tells good answers from bad ones, and %s pushes all of them "
+            "the same way. Give rows of both kinds%s.",
+            missing,
+            bound.name,
+            ", or fine-tune on these with lora-dpo sft" if wanted else "",
+        )
     return weighed
 
 
@@ -226,38 +233,6 @@ class RowMargins:
             lines.append({"step": step, "rows": rows})
         add_lines(self.path, lines)
         self._kept = []
-
-
-def stop_unless_finite(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    losses: torch.Tensor,
-    *,
-    step: int,
-    scaled: bool,
-) -> None:
-    """Raise, before an update is made, where a loss or the gradient is not a number.
-
-    Args:
-        model: whose gradients are there.
-        rows: of the step, with their losses ``[rows]``.
-        losses: without gradient.
-        step: its number, for the message.
-        scaled: whether a gradient scaler skips such a step itself (fp16).
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    looked_at = gradients and not scaled
-    norm = torch.nn.utils.get_total_norm(gradients) if looked_at else torch.zeros(())
-    if bool(torch.isfinite(losses).all()) and bool(torch.isfinite(norm)):
-        return
-    bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
-    what = "loss" if bad else "gradient"
-    places = ", ".join(f"{row['file']}:{row['row']}" for row in (bad or rows)[:10])
-    raise TrainingError(
-        f"step {step}: the {what} is not a finite number; rows {places}. "
-        "No update was made and earlier checkpoints are kept. Look at these rows, lower "
-        "train.learning_rate, or use model.compute_dtype: float32."
-    )
 
 
 def step_of(checkpoint: str | bool | None) -> int:

@@ -32,6 +32,7 @@ from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.memory import Memory
 from lora_dpo.metrics import Window, peak_gib, row_metrics
 from lora_dpo.moving_reference import NEVER, MovesCallback, ReferenceMoves
+from lora_dpo.nonfinite import OnNonfinite, Steps
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.passes import Passes, Step
 from lora_dpo.policy import (
@@ -67,7 +68,6 @@ from lora_dpo.stepping import (
     row_tokens,
     rows_a_step,
     step_of,
-    stop_unless_finite,
     tokenised,
 )
 from lora_dpo.store import MANIFEST
@@ -102,6 +102,7 @@ class PreferenceTrainer(ResumableTrainer):
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
         reference_cache: folder of reference log-probs, which are taken from there; unknown ones are
             computed in one pass and stored for every later run. None runs the reference in each step.
+        on_nonfinite: ``stop`` or ``skip``: what is done about a loss or gradient that is no number.
         facts: what a checkpoint must agree with to be resumed from (the config, say).
 
     Raises:
@@ -132,6 +133,7 @@ class PreferenceTrainer(ResumableTrainer):
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
         reference_cache: str | Path | None = None,
+        on_nonfinite: OnNonfinite = "stop",
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
@@ -141,6 +143,7 @@ class PreferenceTrainer(ResumableTrainer):
         self._batches = batches_of(args, max_tokens_per_batch)
         self.keep_checkpoints = args.save_total_limit
         self.window, self.pace, self.evaluated_at = Window(), Pace(), -1
+        self.steps = Steps(on_nonfinite)
         self._check_logps: list[float] = []
         self._kept_lines: list[str] = []
         train, held_out = (
@@ -215,10 +218,10 @@ class PreferenceTrainer(ResumableTrainer):
         step = self.memory.fitted(attempt, f"step {self.state.global_step + 1}")
         self.pace.add(len(rows))
         self.pace.tokens += sum(map(row_tokens, rows))
+        if not self.steps.updates(self, model, rows, step):
+            return torch.zeros_like(step.losses.sum())
         if self.state.global_step == 0:
             self.advice.first_step(step, self.states, each)
-        scaled = self.accelerator.scaler is not None
-        stop_unless_finite(model, rows, step.losses, step=self.state.global_step + 1, scaled=scaled)
         self.states = self.objective.updated(self.states, step.stats)
         values = row_metrics(self.objective, step.stats, step.losses)
         self.window.add(values)
@@ -348,7 +351,7 @@ class PreferenceTrainer(ResumableTrainer):
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self.window.loss_of_the_run}
         if "loss" in logs:
-            logs = {**logs, **self.window.means(), **self.pace.since_last_line()}
+            logs = self.steps.line(logs, self.window.means()) | self.pace.since_last_line()
             logs["memory/peak_gib"] = largest(peak_gib(self.args.device))
             self._margins.write()
         super().log(logs, start_time)

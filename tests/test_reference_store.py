@@ -315,7 +315,7 @@ def test_many_files_become_one_unless_another_process_is_at_it(
     assert torch.equal(_values(stored_reference_logps(policy, rows, tmp_path)), first)
 
 
-def test_values_that_are_not_finite_are_handed_on_and_never_stored(
+def test_values_that_are_not_finite_are_told_by_their_rows_and_never_stored(
     tiny_model: Path, rows: Tokenised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = _policy(tiny_model)
@@ -327,8 +327,10 @@ def test_values_that_are_not_finite_are_handed_on_and_never_stored(
             yield places, logps
 
     monkeypatch.setattr(reference_store, "reference_batches", broken)
-    values = _values(stored_reference_logps(policy, rows, tmp_path, batch_size=8))
-    assert int(values.isnan().sum()) == 2
+    with pytest.raises(
+        TrainingError, match=r"<memory>:\d+, <memory>:\d+: .* is nan, so no log-ratio"
+    ):
+        stored_reference_logps(policy, rows, tmp_path, batch_size=8)
     assert sum(path.stat().st_size for path in _files(tmp_path)) == 30 * RECORD.itemsize
     monkeypatch.setattr(reference_store, "reference_batches", plain)
     assert bool(_values(stored_reference_logps(policy, rows, tmp_path)).isfinite().all())

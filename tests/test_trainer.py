@@ -357,7 +357,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_named_and_nothing_updated
     trainer.self_check = list  # type: ignore[method-assign]  # it would meet the poison first
     trainer._stats = poisoned  # type: ignore[method-assign]
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 16
-    with pytest.raises(TrainingError, match=rf"loss is not a finite number; rows <memory>:{bad}\b"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"chosen under the policy is not a finite number; rows <memory>:{bad}\b",
+    ):
         trainer.train()
     assert torch.equal(_weights(trainer.model), before)
 

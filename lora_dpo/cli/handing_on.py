@@ -12,6 +12,7 @@ from lora_dpo.cli.shared import (
     Checkpoint,
     RunFolder,
     app,
+    finite,
     one_of,
     quiet_libraries,
     show,
@@ -102,7 +103,8 @@ def smoke(
         str | None, typer.Option(help="Environment variable with the server's API key.")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Nats that a likely first token may differ by.")
+        float | None,
+        typer.Option(min=0, callback=finite, help="Nats that a likely first token may differ by."),
     ] = None,
     json_: Json = False,
 ) -> None:

@@ -9,9 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from lora_dpo.cli.shared import (
+    MOST_SAMPLES,
+    MOST_TOKENS,
+    SEEDS,
     Checkpoint,
     RunFolder,
     app,
+    finite,
     one_of,
     quiet_libraries,
     show,
@@ -132,9 +136,11 @@ def generate(
     run: RunFolder,
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
     checkpoint: Checkpoint = "final",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
-    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="0: the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(**SEEDS)] = 0,
 ) -> None:
     """Complete prompts with policy and reference, side by side."""
     with user_errors():
@@ -192,11 +198,13 @@ def compare(
     judge_key: Annotated[
         str | None, typer.Option(help="The environment variable that holds its key.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt of each model.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Answers a prompt of each model.")
+    ] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 128,
     checkpoint: Checkpoint = "final",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(**SEEDS)] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -228,7 +236,8 @@ def score(
         str | None, typer.Option(help="Prompts to draw samples for, with --best-of.")
     ] = None,
     best_of: Annotated[
-        int | None, typer.Option(min=1, help="Samples a prompt, ranked by their reward.")
+        int | None,
+        typer.Option(min=1, max=MOST_SAMPLES, help="Samples a prompt, ranked by their reward."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first so many prompts, with --best-of.")
@@ -238,7 +247,9 @@ def score(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a sample, with --best-of; 128 if left out.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the samples; 0 if left out.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the samples; 0 if left out.", **SEEDS)
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score completions by a run's implicit reward, or rank n samples a prompt by it."""

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_dpo.cli.shared import Checkpoint, app, one_of, quiet_libraries, show, user_errors
+from lora_dpo.cli.shared import (
+    MOST_SAMPLES,
+    MOST_TOKENS,
+    SEEDS,
+    Checkpoint,
+    app,
+    finite,
+    one_of,
+    quiet_libraries,
+    show,
+    user_errors,
+)
 
 PANEL = "Own preferences"
 
@@ -22,7 +33,9 @@ def sample(
     policy: Annotated[str, typer.Argument(help="A run's folder, or a base: a folder or hub id.")],
     prompts: Annotated[str, typer.Option(help="Rows with prompt: a file, a folder or a hub id.")],
     to: Annotated[Path, typer.Option(help="The file of rankings to write, as samples.jsonl.")],
-    k: Annotated[int, typer.Option(min=2, help="Completions of each prompt.")] = 4,
+    k: Annotated[
+        int, typer.Option(min=2, max=MOST_SAMPLES, help="Completions of each prompt.")
+    ] = 4,
     by: Annotated[
         str | None,
         typer.Option(
@@ -34,11 +47,13 @@ def sample(
         typer.Option(help="Write pairs too: best-worst, adjacent, best-rest or all."),
     ] = None,
     min_margin: Annotated[
-        float | None, typer.Option(help="Least difference of a pair's scores.")
+        float | None, typer.Option(callback=finite, help="Least difference of a pair's scores.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Above 0; 1: the policy itself.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    seed: int = 0,
+    temperature: Annotated[
+        float, typer.Option(callback=finite, help="Above 0; 1: the policy itself.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 256,
+    seed: Annotated[int, typer.Option(**SEEDS)] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts.")] = None,
     checkpoint: Checkpoint = "final",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions drawn at a time.")] = 32,
@@ -81,7 +96,7 @@ def label(
     all_pairs: Annotated[
         bool, typer.Option(help="Of more than two completions, ask for each with each.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Decides which completion stands left.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which completion stands left.", **SEEDS)] = 0,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")
     ] = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -26,6 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Preference tuning of 4-bit models with LoRA on one GPU.",
 )
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse ``nan`` and ``inf``, which the command line reads as numbers."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+# What torch and numpy both take as a seed; more than anyone draws.
+SEEDS: dict[str, int] = {"min": 0, "max": 2**32 - 1}
+MOST_TOKENS, MOST_SAMPLES = 2**20, 10_000
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, as objective.beta=0.05.")

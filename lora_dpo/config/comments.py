@@ -41,6 +41,7 @@ COMMENTS: dict[str, str] = {
     "train.memory_budget_gib": "GiB of the card that training may take; null: all of it",
     "train.engine": "auto | fast (insists on flat rows) | plain (padded rows, peft's layers)",
     "train.max_tokens_per_batch": "tokens of a micro-batch, in place of its rows",
+    "train.on_nonfinite": "a loss that is no number: stop | skip (the step is left out and counted)",
     "train.cache_reference": "true: the reference's log-probs are computed once and kept on disk",
     "train.logging_steps": "optimiser steps",
     "train.eval_steps": "below 1: a share of all steps",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from lora_dpo.config.foreign import answer_to_loss, answer_to_option
+from lora_dpo.config.plain import given as told
 from lora_dpo.config.sections import LoraConfig, Section, TrainConfig
 from lora_dpo.errors import ConfigError, nearest
 
@@ -21,7 +22,7 @@ def sentences(error: ValidationError, whole: type[Section]) -> Iterator[str]:
     """Yield a sentence for each thing that pydantic found, with the legal keys of its section."""
     for problem in error.errors():
         place = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
-        if problem["loc"][-1] == "str" and len(place) > 1:
+        if problem["loc"][-1] == "str" and problem["type"] == "string_type":
             place.pop()  # pydantic's name for one arm of a union
         where, given = ".".join(place), problem["input"]
         if problem["type"] == "extra_forbidden":
@@ -31,7 +32,7 @@ def sentences(error: ValidationError, whole: type[Section]) -> Iterator[str]:
             yield f"{where}: missing; it is required. Add it to the YAML, or give --set {where}=..."
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{where}: got {given!r}; {message[0].lower()}{message[1:]}."
+            yield f"{where}: got {told(given)}; {message[0].lower()}{message[1:]}."
 
 
 def problems_between(config: Config | None, values: Mapping[str, Any]) -> list[str]:
@@ -48,6 +49,7 @@ def problems_between(config: Config | None, values: Mapping[str, Any]) -> list[s
         *_objective_has_none_of(config),
         *_train_problems(values.get("train", {})),
         *_adapter_problems(config),
+        *_path_problems(config),
     ]
 
 
@@ -210,3 +212,32 @@ def _adapter_problems(config: Config | None) -> list[str]:
         "lora: an adapter that is started from (model.adapter) brings its own rank, alpha and "
         "targets; leave this section out."
     ]
+
+
+def _path_problems(config: Config | None) -> list[str]:
+    """Names that are empty, or longer than any file system takes."""
+    if config is None:
+        return []
+    data = config.data
+    places = {
+        "model.base": config.model.base,
+        "model.adapter": config.model.adapter,
+        "data.chat_template": data.chat_template,
+        "data.cache_dir": data.cache_dir,
+        "train.reference_cache_dir": config.train.reference_cache_dir,
+        "output.dir": config.output.dir,
+    }
+    for name, sources in (("train", data.train), ("eval", data.eval or [])):
+        places |= {f"data.{name}.{i}.path": source.path for i, source in enumerate(sources)}
+    problems = []
+    for where, path in places.items():
+        if path is None:
+            continue
+        if not path.strip():
+            problems.append(f"{where}: got {path!r}; expected a name.")
+        elif len(path.encode()) > 4095 or any(len(p.encode()) > 255 for p in path.split("/")):
+            problems.append(
+                f"{where}: got {told(path)}; a name of {len(path)} characters is longer than file "
+                "systems take."
+            )
+    return problems

@@ -13,13 +13,13 @@ BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 class Section(BaseModel):
     """A part of the config; keys that it does not know are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OpenSection(Section):
     """A section whose further keys are checked by the part of the package that owns them."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     @property
     def further(self) -> dict[str, Any]:
@@ -117,10 +117,11 @@ class DataConfig(Section):
 class TrainConfig(OpenSection):
     """Any field of ``transformers.TrainingArguments``, and these of ours."""
 
-    chunk_tokens: int = Field(256, ge=1)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    chunk_tokens: int = Field(256, ge=1, le=2**31)
     engine: Literal["auto", "fast", "plain"] = "auto"
     max_tokens_per_batch: int | None = Field(None, ge=1)
-    memory_budget_gib: float | None = Field(None, gt=0)
+    memory_budget_gib: float | None = Field(None, gt=0, le=2**20)
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"
     reference_update_steps: int = Field(512, ge=1)
     reference_update_weight: float = Field(0.6, gt=0, le=1)

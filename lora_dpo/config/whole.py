@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lora_dpo.config.plain import plain_problems
 from lora_dpo.config.problems import problems_between, sentences
 from lora_dpo.config.reading import override, read_yaml, set_key
 from lora_dpo.config.secret_values import secret_problems
@@ -49,6 +50,8 @@ class Config(Section):
         if problems := secret_problems(values):  # alone: other sentences repeat what was given
             raise ConfigError(problems)
         config = None
+        if foreign := plain_problems(values):
+            raise ConfigError(foreign)  # what reads it further trusts it to be plain
         # an empty section of a YAML is None, and means its defaults
         values = {key: {} if value is None else value for key, value in values.items()}
         if isinstance(values.get("objective"), str):

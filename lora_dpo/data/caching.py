@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lora_dpo")
 
-FORMAT = 2  # raise it whenever the same rows and settings give other ids
+FORMAT = 3  # raise it whenever the same rows and settings give other ids
 
 
 def cache_key(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lora_dpo.data.imitations import ANCHORS, Disguise, disguise_of, kept_plain, leaves
 from lora_dpo.data.problems import BadRow, Problems
 from lora_dpo.data.records import Labelled, Origin, Pair
 from lora_dpo.data.report import DataReport
-from lora_dpo.data.templates import Renderer, answers_of
+from lora_dpo.data.templates import Rendered, Renderer, answers_of
 from lora_dpo.data.vocabulary import Vocabulary, one_bos
 
 MERGE = "repaired: boundary merge: prompt and answer tokenised apart"
 NO_BOUNDARY = "dropped: no token boundary between prompt and answer"
-CONTROL = "noted: special-token text in content"
+PLAIN = "noted: special-token text in content was read as plain text"
+CONTROL = (
+    "noted: special-token text in content became control tokens (this tokenizer or chat template "
+    "cannot keep it as text)"
+)
 RENDERED = (
     "noted: prompt looks rendered already; its special tokens were read as plain text (give "
     "messages, and the chat template is applied here)"
@@ -21,8 +26,6 @@ RENDERED = (
 DOUBLE_BOS = "repaired: double BOS collapsed"
 EOS_TEXT = "repaired: EOS text at the end of an answer not doubled"
 NO_END = "repaired: EOS added behind a chat template that ends an answer with no token"
-# Behind an anchor a tokenizer with a dummy prefix does not put a space before the answer.
-_ANCHORS = ("\n", "a", ".", "0")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Prepared:
     prompt: str
     answers: tuple[str, ...]
     opening: tuple[int, ...]
+    imitates: str = ""  # around the first text that imitates a control token
+    disguise: Disguise | None = None  # in prompt and answers
+    own: Rendered | None = None  # what they are without it
 
     @property
     def plain(self) -> bool:
@@ -100,18 +106,44 @@ class Encoder:
             return None
         if row.tools:
             self.report.add("noted: tools are for messages; text rows do not use them", row.origin)
-        self._look_for_control_text(row, (prompt, *answers))
-        return Prepared(row, prompt, answers, opening)
+        imitates = self._imitation((prompt, *answers))
+        if imitates and (hit := self.vocabulary.control_text(prompt)) and hit.start() == 0:
+            self.report.add(RENDERED, row.origin, prompt)
+            imitates = ""
+        return Prepared(row, prompt, answers, opening, imitates)
 
     def _prepare_chat(self, row: Pair | Labelled) -> Prepared:
         assert self.renderer is not None
         rendered = self.renderer(row)
-        messages = [m for m in row.prompt if not isinstance(m, str)]
-        parts = answers_of(row)
-        contents = [str(m["content"]) for m in (*messages, *(m for part in parts for m in part))]
-        self._look_for_control_text(row, contents)
-        answers = tuple(self._up_to_end_of_turn(text) for text in rendered.answers)
-        return Prepared(row, rendered.prompt, answers, ())
+        values = (row.prompt, *answers_of(row), row.tools)
+        disguise = disguise_of(values, self.vocabulary)
+        if disguise is None:
+            return Prepared(row, rendered.prompt, self._ends_of_turns(rendered), ())
+        imitates = self._imitation(list(leaves(values)))
+        shown, hidden = rendered, self._disguised(row, rendered, disguise)
+        if hidden is None:
+            disguise = None
+        else:
+            shown = hidden
+        answers = self._ends_of_turns(shown)
+        return Prepared(row, shown.prompt, answers, (), imitates, disguise, rendered)
+
+    def _disguised(
+        self, row: Pair | Labelled, rendered: Rendered, disguise: Disguise
+    ) -> Rendered | None:
+        """Render a row in disguise; None where the template itself looks for what is hidden."""
+        assert self.renderer is not None
+        quiet = replace(self.renderer, report=DataReport())
+        try:
+            hidden = quiet(disguise.row(row))
+        except BadRow:
+            return None
+        answers = tuple(disguise.off(text) for text in hidden.answers)
+        same = disguise.off(hidden.prompt) == rendered.prompt and answers == rendered.answers
+        return hidden if same else None
+
+    def _ends_of_turns(self, rendered: Rendered) -> tuple[str, ...]:
+        return tuple(self._up_to_end_of_turn(text) for text in rendered.answers)
 
     def _up_to_end_of_turn(self, text: str) -> str:
         """Cut white space that the template puts behind the token that ends the turn."""
@@ -119,16 +151,11 @@ class Encoder:
         ends = any(trimmed.endswith(token) for token in self.vocabulary.added)
         return trimmed if ends else text
 
-    def _look_for_control_text(self, row: Pair | Labelled, texts: Sequence[str]) -> None:
-        hits = [match for text in texts if (match := self.vocabulary.control_text(text))]
-        if not hits:
-            return
-        first = hits[0]
-        if not row.is_chat and first.string is texts[0] and first.start() == 0:
-            self.report.add(RENDERED, row.origin, texts[0])
-        else:
-            around = first.string[max(0, first.start() - 20) : first.end() + 20]
-            self.report.add(CONTROL, row.origin, around)
+    def _imitation(self, texts: Sequence[str]) -> str:
+        """Return what stands around the first text that imitates a control token, or nothing."""
+        hits = (match for text in texts if (match := self.vocabulary.control_text(text)))
+        first = next(hits, None)
+        return first.string[max(0, first.start() - 20) : first.end() + 20] if first else ""
 
     def _encode(self, rows: list[Prepared], *, plain: bool) -> list[Encoded | None]:
         """Encode rows of one kind; None for a row without a boundary between the tokens."""
@@ -160,9 +187,29 @@ class Encoder:
             reason = NO_BOUNDARY if None in split[i] else MERGE
             self.report.add(reason, rows[i].row.origin, rows[i].prompt[-30:])
         return [
-            None if None in answers else self._finish(row, prompt, [ids or [] for ids in answers])
+            None if None in answers else self._told(row, prompt, [ids or [] for ids in answers])
             for row, prompt, answers in zip(rows, prompts, split, strict=True)
         ]
+
+    def _told(self, row: Prepared, prompt: list[int], answers: list[list[int]]) -> Encoded | None:
+        """Return a row whose imitations of control tokens are text, and count it if it has some."""
+        if row.disguise is not None and row.own is not None:
+            texts = (row.prompt, *row.answers)
+            every = [
+                kept_plain(self.vocabulary, row.disguise, text, ids)
+                for text, ids in zip(texts, (prompt, *answers), strict=True)
+            ]
+            if None in every:  # as it is served, then
+                ends = self._ends_of_turns(row.own)
+                served = replace(row, prompt=row.own.prompt, answers=ends, disguise=None)
+                return self._encode([served], plain=False)[0]
+            prompt, *answers = [ids for ids in every if ids is not None]
+            self.report.add(PLAIN, row.row.origin, row.imitates)
+        elif row.imitates:
+            every_id = {*prompt, *(token for ids in answers for token in ids)}
+            text = row.plain and self.vocabulary.control_ids.isdisjoint(every_id)
+            self.report.add(PLAIN if text else CONTROL, row.row.origin, row.imitates)
+        return self._finish(row, prompt, answers)
 
     def _tails(self, prompts: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
         """Shorten each prompt (text and ids) to where its tokens cannot depend on what is before.
@@ -189,7 +236,7 @@ class Encoder:
         """
         targets = self.vocabulary.decode([whole for _, whole, _ in cases])
         found: list[list[int] | None] = [None] * len(cases)
-        for anchor in ("", *_ANCHORS):
+        for anchor in ("", *ANCHORS):
             left = [i for i, ids in enumerate(found) if ids is None]
             texts = [anchor + cases[i][2] for i in left]
             base, *encoded = self.vocabulary.encode([anchor, *texts], plain=plain)

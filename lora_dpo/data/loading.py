@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from lora_dpo.data.imitations import leaves
 from lora_dpo.data.preferences import Kind, Preferences
-from lora_dpo.data.problems import BadRow, DroppedRow, Problems, listing
+from lora_dpo.data.problems import BadRow, DroppedRow, Problems, few, listing
 from lora_dpo.data.readers import Raw, Table
 from lora_dpo.data.records import Labelled, Origin, Pair, Text, digest
 from lora_dpo.data.report import DataReport, excerpt
@@ -20,6 +21,7 @@ from lora_dpo.data.sources import Source, Spec, open_spec, specs
 from lora_dpo.errors import DataError, nearest
 
 Row = Pair | Labelled
+DEEPEST = 100  # of what messages and tools hold; a template walks through it
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _rename(tables: Sequence[Table], columns: dict[str, str]) -> None:
             if theirs not in found and ours not in found:
                 raise DataError(
                     f"{table.name}: columns maps {ours} to {theirs!r}, which is not there; columns "
-                    f"found: {', '.join(found)}.{nearest(theirs, found)}"
+                    f"found: {few(found)}.{nearest(theirs, found)}"
                 )
             fitting |= {ours} if theirs in found else set()
         moved = {ours: theirs for ours, theirs in columns.items() if theirs in found}
@@ -150,7 +152,7 @@ def _rename(tables: Sequence[Table], columns: dict[str, str]) -> None:
     if unused := [ours for ours in columns if ours not in fitting]:
         raise DataError(
             f"columns maps {unused[0]} to {columns[unused[0]]!r}, which is in no file; columns "
-            f"found: {', '.join(tables[0].columns)}."
+            f"found: {few(tables[0].columns)}."
         )
 
 
@@ -160,8 +162,8 @@ def _why(table: Table, shape: Shape, report: DataReport) -> str:
     ignored = [name for name in table.columns if name not in used]
     why = f"{table.name}: columns {', '.join(shape.layout.columns)} ({shape.name})"
     if ignored:
-        report.add(f"noted: columns ignored: {', '.join(ignored)}", table.rows[0].origin)
-        why += f"; ignored: {', '.join(ignored)}"
+        report.add(f"noted: columns ignored: {few(ignored)}", table.rows[0].origin)
+        why += f"; ignored: {few(ignored)}"
     return why
 
 
@@ -177,6 +179,8 @@ def _read_table(
             _check_margin(row, rules.min_margin)
         except BadRow as bad:
             problems.add(raw.origin, str(bad))
+        except RecursionError:
+            problems.add(raw.origin, "lists or objects within each other, too deeply to be read.")
         except DroppedRow as drop:
             if rules.empty == "error" and drop.reason.startswith("dropped: empty"):
                 name = drop.reason.split()[-1]
@@ -207,11 +211,27 @@ def _check_parts(row: Row) -> None:
         calls = not isinstance(part, str) and any(m.get("tool_calls") for m in part)
         if not calls and not any(text.strip() for text in texts):
             raise DroppedRow(f"dropped: empty {name}")
-        for text in texts:
+        for text in texts if isinstance(part, str) else leaves(_named(part, name)):
             if not text.isascii():
                 check_unicode(text, name)
+    for text in leaves(_named(row.tools or (), "tools")):
+        check_unicode(text, "tools")
     if isinstance(row, Pair) and row.chosen == row.rejected:
         raise DroppedRow(IDENTICAL, _first_text(row.chosen))
+
+
+def _named(value: Any, name: str, depth: int = 0) -> Any:
+    """Return a value in which every key is text; a cell of Python's own spelling may hold others."""
+    if depth > DEEPEST:
+        raise BadRow(f"{name} holds lists or objects within each other more than {DEEPEST} deep.")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise BadRow(f"{name} holds the key {excerpt(repr(key), 40)}; expected text.")
+    for item in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(item, Mapping | list | tuple):
+            _named(item, name, depth + 1)
+    return value
 
 
 def _check_margin(row: Row, least: float | None) -> None:

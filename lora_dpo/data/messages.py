@@ -102,7 +102,14 @@ def shown(value: Any) -> str:
     """Return a value's type and beginning for a sentence."""
     if value is None:
         return "missing (null)"
-    return f"{type(value).__name__} ({excerpt(repr(value), 50)})"
+    try:
+        return f"{type(value).__name__} ({excerpt(repr(value), 50)})"
+    except (RecursionError, ValueError):  # nested too deeply; a number of thousands of digits
+        return type(value).__name__
+
+
+def _role(role: Any) -> str:
+    return repr(excerpt(role, 40)) if isinstance(role, str) else shown(role)
 
 
 def _message(value: Any, where: str, repair: Repair) -> Message:
@@ -110,7 +117,7 @@ def _message(value: Any, where: str, repair: Repair) -> Message:
         raise BadRow(f"{where} is {shown(value)}; expected a message with role and content.")
     role = value.get("role", value.get("from"))
     if not isinstance(role, str) or (role not in ROLES and role not in _OTHER_NAMES):
-        raise BadRow(f"{where} has the role {role!r}; expected one of {listing(ROLES)}.")
+        raise BadRow(f"{where} has the role {_role(role)}; expected one of {listing(ROLES)}.")
     # Arrow fills absent keys with None; templates would print some of them.
     rest = {k: v for k, v in value.items() if v is not None and k not in _SPELLINGS}
     if role not in ROLES:
@@ -145,7 +152,7 @@ def to_tools(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"tools is text that is not JSON ({error}); expected a list.") from None
     if value is None or value == "" or (isinstance(value, str) and not value.strip()):
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_dpo.data.records import Origin
+from lora_dpo.data.report import excerpt
 from lora_dpo.errors import DataError
 
 MOST_SHOWN = 10
+MOST_NAMES = 20
 
 
 class Problems:
@@ -46,6 +48,13 @@ class DroppedRow(Exception):  # noqa: N818  (a signal between our functions, alw
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+
+
+def few(names: Iterable[str]) -> str:
+    """Return the first names for a sentence, and how many more there are."""
+    every = [excerpt(str(name), 40) for name in names]
+    more = f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else ""
+    return ", ".join(every[:MOST_NAMES]) + more
 
 
 def listing(names: Sequence[str]) -> str:

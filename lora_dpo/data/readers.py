@@ -9,13 +9,15 @@ import importlib
 import io
 import json
 import sys
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lora_dpo.data.problems import Problems
+from lora_dpo.data.problems import Problems, few
 from lora_dpo.data.records import Origin
 from lora_dpo.data.report import excerpt
 from lora_dpo.errors import DataError
@@ -67,6 +69,7 @@ def read_file(path: Path, problems: Problems) -> Table:
     """Read one file; broken lines go to ``problems``, a file that is no such file raises."""
     if not is_known(path):
         raise DataError(f"{path}: the kind of file is not known by its name; expected {KNOWN}.")
+    _check_name(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); rows of preferences are expected.")
     suffix = suffix_of(path)
@@ -74,6 +77,16 @@ def read_file(path: Path, problems: Problems) -> Table:
     if not rows and not problems.total:
         raise DataError(f"{path}: the file holds no rows; rows of preferences are expected.")
     return Table(str(path), rows)
+
+
+def _check_name(path: Path) -> None:
+    """Hold that a file's name is text: every row carries it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{str(path)!r}: the name of the file is not UTF-8; give it another name."
+        ) from None
 
 
 def _read_text(path: Path, problems: Problems) -> list[Raw]:
@@ -113,10 +126,10 @@ def _json_lines(name: str, stream: BinaryIO, problems: Problems) -> Iterator[Raw
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             problems.add(origin, f"not UTF-8 ({error.reason}); save the file as UTF-8.")
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             problems.add(origin, f"not valid JSON ({error}); expected one object per line.")
         else:
             if isinstance(value, dict):
@@ -130,11 +143,30 @@ def _json_lines(name: str, stream: BinaryIO, problems: Problems) -> Iterator[Raw
                 )
 
 
+def parse_json(text: str) -> Any:
+    """Read JSON in which no object has a key twice: the first value would be lost unseen.
+
+    Raises:
+        ValueError: no JSON, a key given twice, or a number too long to be one.
+        RecursionError: nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {excerpt(twice, 40)!r} is given twice in one object")
+    return values
+
+
 def _json(name: str, data: bytes, problems: Problems) -> list[Raw]:
     text = data.decode("utf-8-sig")
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as error:
         # Many files named .json are JSON lines: their first line is an object by itself.
         if _is_object(text.lstrip().partition("\n")[0]):
             return list(_json_lines(name, io.BytesIO(data), problems))
@@ -144,7 +176,7 @@ def _json(name: str, data: bytes, problems: Problems) -> list[Raw]:
     elif isinstance(value, dict) and _is_object(text.strip().partition("\n")[0]):
         value = [value]  # JSON lines of a single line
     if not isinstance(value, list):
-        keys = f" with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else ""
+        keys = f" with the keys {few(map(repr, value))}" if isinstance(value, dict) else ""
         raise DataError(
             f"{name}: a JSON {_json_name(value)}{keys}; expected a list of objects, or an object "
             'with that list under "data".'
@@ -164,6 +196,7 @@ def _csv(path: Path, stream: BinaryIO, delimiter: str, problems: Problems) -> li
     rows = []
     try:
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        _refuse_repeated(str(path), reader.fieldnames or ())
         for number, values in enumerate(reader, start=1):
             origin = Origin(str(path), number)
             extra = values.pop(None, None)
@@ -187,10 +220,12 @@ def _cell(value: str | None) -> Any:
     """Return a cell, or the messages it holds as JSON or as Python prints them."""
     if value is None or not value.lstrip().startswith(("[", "{")):
         return value
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
-            parsed = parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python, about a text that is none of its own
+                parsed = parse(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if _is_structure(parsed):
             return parsed
@@ -204,14 +239,28 @@ def _is_structure(value: Any) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & set(value))
 
 
+def _refuse_repeated(name: str, columns: Sequence[str]) -> None:
+    """Refuse a column that stands twice; unnamed ones are what a spreadsheet leaves at the end."""
+    twice = [column for column, count in Counter(columns).items() if count > 1 and column]
+    if twice:
+        raise DataError(
+            f"{name}: the column {excerpt(twice[0], 40)!r} stands twice; give one of them another name."
+        )
+
+
 def _read_arrow(path: Path, suffix: str) -> list[Raw]:
-    pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+    parquet = importlib.import_module("pyarrow.parquet")
 
     try:
         is_parquet = suffix == ".parquet"
         table = parquet.ParquetFile(path).read() if is_parquet else _arrow_table(path)
+        _refuse_repeated(str(path), table.column_names)
+        table.validate(full=True)  # a flipped bit in an offset would end the process, not raise
         rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except Exception as error:
+        # Bytes of anyone's: besides its own errors pyarrow lets those of dates and zones through.
         raise DataError(
             f"{path}: not readable as {suffix[1:]} ({excerpt(str(error))}); is the file whole?"
         ) from None
@@ -237,8 +286,8 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> str:
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
-    except (json.JSONDecodeError, RecursionError):
+        return isinstance(parse_json(text), dict)
+    except (ValueError, RecursionError):
         return False
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_dpo.data.records import Origin
+from lora_dpo.showing import visible
 
 GROUPS = ("dropped", "truncated", "repaired", "noted")
 MOST_EXAMPLES = 5
@@ -122,9 +123,10 @@ class DataReport:
 
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
-    """Return one line of at most ``length`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 3] + "..."
+    """Return one line of some ``length`` characters, in which control characters can be seen."""
+    line = " ".join(text[: 20 * length].split())
+    cut = len(line) > length or len(text) > 20 * length
+    return visible(line[: length - 3] + "..." if cut else line)
 
 
 def _group(reason: str) -> str:

@@ -62,7 +62,7 @@ def to_score(value: Any, name: str) -> float | None:
         return None
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if isinstance(value, bool) or not math.isfinite(score):
         raise BadRow(f"{name} is {shown(value)}; expected a number.")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from lora_dpo.data.messages import is_message, is_messages
 from lora_dpo.data.preferences import Kind
-from lora_dpo.data.problems import listing
+from lora_dpo.data.problems import few, listing
 from lora_dpo.data.readers import Table
+from lora_dpo.data.report import excerpt
 from lora_dpo.data.transcripts import is_transcript
 from lora_dpo.errors import DataError, nearest
 
@@ -213,7 +214,7 @@ def _unknown_shape(table: Table, present: frozenset[str], kind: Kind | None) -> 
     hint = ""
     if missing:
         close = "".join(nearest(name, columns) for name in missing)
-        example = f"columns: {{{missing[0]}: {columns[0] if columns else '...'}}}"
+        example = f"columns: {{{missing[0]}: {excerpt(columns[0], 40) if columns else '...'}}}"
         hint = (
             f"\nNearest is {', '.join(best)}: {listing(missing)} missing.{close} If it is here "
             f"under another name, map it, as in {example}."
@@ -224,7 +225,7 @@ def _unknown_shape(table: Table, present: frozenset[str], kind: Kind | None) -> 
             "whose adapter a preference run then starts from."
         )
     return (
-        f"{table.name}: columns of no known shape. Found: {', '.join(columns) or 'none'}. "
+        f"{table.name}: columns of no known shape. Found: {few(columns) or 'none'}. "
         "Expected one of\n" + "\n".join(shapes) + hint
     )
 

@@ -50,11 +50,32 @@ def specs(source: Any, split: str | None) -> list[Spec]:
     return [_spec(source, split)]
 
 
+def as_path(given: str | Path) -> Path:
+    """Return the path that a user named, with ``~`` resolved.
+
+    Raises:
+        DataError: it is empty, or nothing that a file could be called.
+    """
+    text = str(given)
+    try:
+        if not text.strip() or "\0" in text:
+            raise ValueError("it is empty" if not text.strip() else "it holds a NUL character")
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path  # a hub id, or a mistake that is told later
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{excerpt(text)!r}: is no path ({excerpt(str(error))}); expected a file, a folder or a hub id."
+        ) from None
+    return path
+
+
 def open_spec(spec: Spec, problems: Problems) -> list[Table]:
     """Read one source, as one table per file."""
     place = spec.place
     if isinstance(place, str | Path):
-        return _open_path(Path(place).expanduser(), str(place), spec.split, problems)
+        return _open_path(as_path(place), str(place), spec.split, problems)
     if _is_sequence(place):
         _refuse_split(spec, "rows in memory")
         return [_memory_table(place, problems)]
@@ -194,8 +215,10 @@ def _memory_table(rows: Sequence[Any], problems: Problems) -> Table:
     table = []
     for number, row in enumerate(rows, start=1):
         origin = Origin(_MEMORY, number)
-        if isinstance(row, Mapping):
+        if isinstance(row, Mapping) and all(isinstance(name, str) for name in row):
             table.append(Raw(origin, dict(row)))
+        elif isinstance(row, Mapping):
+            problems.add(origin, "a dict with a key that is no text; expected names of columns.")
         else:
             problems.add(origin, f"a {type(row).__name__}; expected a dict per row.")
     return Table(_MEMORY, table)

@@ -60,25 +60,31 @@ class Vocabulary:
         return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
     @cached_property
+    def _controls(self) -> dict[str, int | None]:
+        """Control tokens by text: special ones, and added ones that end an answer."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        table: dict[str, int | None] = {
+            str(token.content): i for i, token in added if token.special or i in self.stops
+        }
+        for text in map(str, self.tokenizer.all_special_tokens):
+            if text not in table:
+                table[text] = int(self.tokenizer.convert_tokens_to_ids([text])[0])
+        return {text: i for text, i in table.items() if text.strip()}
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of control tokens, without the one that stands for whatever is unknown."""
+        unknown = self.tokenizer.unk_token_id
+        return frozenset(i for i in self._controls.values() if i is not None and i != unknown)
+
+    @cached_property
     def _control(self) -> re.Pattern[str] | None:
-        decoder = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token.content) for token in decoder if token.special}
-        texts |= {str(text) for text in self.tokenizer.all_special_tokens}
-        longest_first = sorted((t for t in texts if t.strip()), key=len, reverse=True)
+        longest_first = sorted(self._controls, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     @cached_property
     def _starts(self) -> tuple[str, ...]:
-        if self._control is None:
-            return ()
-        return tuple(
-            {str(text)[:2] for text in self.tokenizer.all_special_tokens if text.strip()}
-            | {
-                str(t.content)[:2]
-                for t in self.tokenizer.added_tokens_decoder.values()
-                if t.special and t.content.strip()
-            }
-        )
+        return tuple({text[:2] for text in self._controls})
 
     def control_text(self, text: str) -> re.Match[str] | None:
         """Return the first place where a text imitates a control token."""
@@ -86,6 +92,14 @@ class Vocabulary:
         if self._control is None or not any(start in text for start in self._starts):
             return None
         return self._control.search(text)
+
+    def control_texts(self, text: str) -> list[str]:
+        """Return all that imitates a control token in a text, in its order."""
+        return self._control.findall(text) if self._control is not None else []
+
+    def between_controls(self, text: str) -> list[str]:
+        """Return a text cut at its control tokens, without these."""
+        return self._control.split(text) if self._control is not None else [text]
 
     @cached_property
     def _boundaries(self) -> re.Pattern[str] | None:

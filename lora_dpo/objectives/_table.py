@@ -141,7 +141,7 @@ class Objective:
         """Whether the numbers of tokens matter, beside the log-probs."""
         return self.logps == "mean" or "lengths" in self.needs
 
-    def bind(self, **given: float | bool) -> BoundObjective:
+    def bind(self, /, **given: float | bool) -> BoundObjective:
         """Return the objective with its hyperparameters fixed.
 
         ``nll_weight``, which any paired objective takes, adds that much of the SFT loss on the
@@ -242,7 +242,7 @@ def get(name: str) -> Objective:
     if name not in OBJECTIVES:
         legal = ", ".join(sorted(OBJECTIVES))
         raise ConfigError(
-            f"objective.name: {name!r} is not in the table; it holds {legal}."
+            f"objective.name: {name[:200]!r} is not in the table; it holds {legal}."
             f"{nearest(name, OBJECTIVES)}"
         )
     return OBJECTIVES[name]
@@ -266,13 +266,15 @@ def build(values: Mapping[str, Any]) -> BoundObjective:
     if further or not isinstance(terms, (list, tuple)) or not terms:
         raise ConfigError(
             "objective: a mixture takes 'terms' alone, a list such as [{name: dpo, weight: 0.8}, "
-            f"{{name: sft, weight: 1.0}}]; got {sorted(values)}."
+            f"{{name: sft, weight: 1.0}}]; got {', '.join(map(str, values))[:200]}."
         )
     problems, parts = [], []
     for number, term in enumerate(terms):
         where = f"objective.terms.{number}"
         if not isinstance(term, Mapping) or not {"name", "weight"} <= set(term):
-            problems.append(f"{where}: got {term!r}; expected a mapping with name and weight.")
+            problems.append(
+                f"{where}: got {repr(term)[:200]}; expected a mapping with name and weight."
+            )
             continue
         rest = {k: v for k, v in term.items() if k not in ("name", "weight")}
         try:

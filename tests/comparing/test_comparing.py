@@ -211,7 +211,7 @@ def test_runs_with_another_reference_are_refused(first: Run, second: Run, tmp_pa
         ({"samples": 0}, "samples is 0"),
         ({"limit": 0}, "limit is 0"),
         ({"prompts": []}, "holds none"),
-        ({"prompts": ["a", 3]}, "number 2 is 3"),
+        ({"prompts": ["a", 3]}, "number 2 is int"),
         ({"prompts": "no-such.txt"}, "no such file"),
         ({"max_new_tokens": 4000}, "context of 128"),
         ({"checkpoint": "99"}, "checkpoint-99"),
@@ -288,7 +288,7 @@ def test_prompts_are_read_from_lines_columns_and_preferences(first: Run, tmp_pat
     assert read_prompts(first, pairs) == ["p"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "one"}\n{"prompt": 3}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl:2: prompt is 3"):
+    with pytest.raises(DataError, match=r"bad.jsonl:2: prompt is int \(3\)"):
         read_prompts(first, bad)
     chats = replace(first, results={**first.results, "chat": True})
     assert read_prompts(chats, lines, limit=1) == [[{"role": "user", "content": "one"}]]

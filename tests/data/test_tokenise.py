@@ -95,15 +95,15 @@ def test_there_is_one_bos_and_generation_asks_with_the_same_tokens(
     assert encode_prompt(dummy_prefix, prompt) == row["prompt_ids"]
 
 
-@pytest.mark.parametrize(("content", "count"), [("Hi", 1), ("<s>Hi", 2)])
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_chat_is_asked_with_the_bos_that_it_was_trained_with(
-    dummy_prefix: Any, content: str, count: int
+    dummy_prefix: Any, count: int
 ) -> None:
-    """A template may open with BOS, and so may what it renders first."""
+    """A template may open with BOS twice."""
     dummy_prefix.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{{ bos_token }}" * count + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
-    row = chat(content)
+    row = chat()
     tokenised = tokenise(load_preferences([row]), dummy_prefix, max_length=99)
     ids = tokenised.rows[0]["prompt_ids"]
     assert ids.count(dummy_prefix.bos_token_id) == 1
@@ -136,7 +136,7 @@ def test_text_that_imitates_control_tokens_stays_text_and_is_noted(dummy_prefix:
     tokenised = tokenise(pairs([("Say </s> now", " a </s> b", " c")]), dummy_prefix, max_length=99)
     row = tokenised.rows[0]
     assert 2 not in row["prompt_ids"] and row["chosen_ids"].count(2) == 1
-    assert reasons(tokenised) == ["noted: special-token text in content"]
+    assert reasons(tokenised) == ["noted: special-token text in content was read as plain text"]
 
 
 def test_a_prompt_that_is_rendered_already_is_noted(chatml: Any) -> None:
@@ -183,13 +183,13 @@ def test_a_template_without_an_end_of_turn_gets_eos(chatml: Any) -> None:
 
 def test_a_double_bos_of_a_template_is_collapsed(dummy_prefix: Any) -> None:
     dummy_prefix.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
+        "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenised = tokenise(load_preferences([chat("<s>Hi")]), dummy_prefix, max_length=99)
     assert tokenised.rows[0]["prompt_ids"].count(1) == 1
     assert "repaired: double BOS collapsed" in reasons(tokenised)
-    assert "noted: special-token text in content" in reasons(tokenised)
+    assert "noted: special-token text in content was read as plain text" in reasons(tokenised)
 
 
 THINKING = (

@@ -1,0 +1,153 @@
+"""A loss, log-prob or gradient that is not a finite number: the run stops, or goes on without that step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_dpo.errors import TrainingError
+from lora_dpo.passes import Step
+
+logger = logging.getLogger("lora_dpo")
+
+OnNonfinite = Literal["stop", "skip"]
+IN_A_ROW = 5  # steps left out one behind the other, before the run stops all the same
+SCALED_IN_A_ROW = 40  # halvings of a gradient scale of 2**16, behind which nothing is left of it
+NAMED, NOTED = 10, 20  # rows in a sentence, sentences in notes.jsonl
+
+Row = Mapping[str, Any]
+
+
+class Steps:
+    """Decides whether a step's update is made, and counts those that are left out.
+
+    Args:
+        on_nonfinite: ``stop``, or ``skip``: weights, moments and what the objective remembers stay as
+            they are, and the run goes on.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0  # of the whole run, over resumes
+        self._in_a_row = self._overflows = 0
+        self._marked = False
+
+    def updates(self, trainer: Any, model: nn.Module, rows: Sequence[Row], found: Step) -> bool:
+        """Return whether the gradients that are there are to be applied; if not, they are gone.
+
+        Args:
+            trainer: whose step it is. Its gradient scaler (fp16) skips steps of its own accord.
+            model: whose gradients are there.
+            rows: of the step.
+            found: their losses and statistics.
+
+        Raises:
+            TrainingError: names the rows, where the run is to stop.
+        """
+        step, accelerator = trainer.state.global_step + 1, trainer.accelerator
+        scaled = accelerator.scaler is not None
+        self._look_at_the_scaler(step, scaled and accelerator.optimizer_step_was_skipped)
+        problem = _problem(model, rows, found, scaled)
+        if not problem:  # every process has the losses of the whole step, and the same gradient
+            self._in_a_row = 0
+            return True
+        if self.on_nonfinite == "stop":
+            raise TrainingError(
+                f"step {step}: {problem}. No update was made and earlier checkpoints are kept. Look at "
+                "these rows, lower train.learning_rate, use model.compute_dtype: float32, or leave such "
+                "steps out with train.on_nonfinite: skip."
+            )
+        self._in_a_row += 1
+        if self._in_a_row >= IN_A_ROW:
+            raise TrainingError(
+                f"step {step}: {problem}. It is the {IN_A_ROW}th such step in a row, so it is more than a "
+                "row: lower train.learning_rate, or use model.compute_dtype: float32. Earlier "
+                "checkpoints are kept."
+            )
+        self.skipped += 1
+        text = f"{problem}; no update was made ({self.skipped} skipped so far)"
+        if self.skipped <= NOTED:
+            trainer.advice.tell(step, f"skipped step {step}", text)
+        else:
+            logger.warning("step %d skipped: %s", step, text)
+        self._leave_out(model, scaled)
+        return False
+
+    def line(self, logs: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
+        """Return a log line with the window's means and the number of steps left out.
+
+        There is no loss where all steps since the last line were left out, and no norm of a gradient
+        that was not applied.
+        """
+        made = {**logs, **means}
+        absent = {"loss"} if not means else set()
+        if not means or not math.isfinite(made.get("grad_norm", 0.0)):
+            absent.add("grad_norm")
+        made = {name: value for name, value in made.items() if name not in absent}
+        return {**made, "skipped_steps": self.skipped} if self.skipped else made
+
+    def _leave_out(self, model: nn.Module, scaled: bool) -> None:
+        if not scaled:
+            # an optimiser passes over what has no gradient: no step, no decay, no moment
+            model.zero_grad(set_to_none=True)
+            return
+        self._marked = True  # the scaler insists on gradients, and skips what is not finite
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, torch.nan)
+                return
+
+    def _look_at_the_scaler(self, step: int, skipped: bool) -> None:
+        """Count what the gradient scaler left out: an overflow is its way to find a scale, no fault."""
+        ours, self._marked = self._marked, False
+        if not skipped:
+            self._overflows = 0
+        elif not ours:
+            self.skipped += 1
+            self._overflows += 1
+        if self._overflows >= SCALED_IN_A_ROW:
+            raise TrainingError(
+                f"step {step}: the gradient overflows in float16 however it is scaled, in "
+                f"{SCALED_IN_A_ROW} steps in a row. Use model.compute_dtype: bfloat16 or float32, or lower "
+                "train.learning_rate. Earlier checkpoints are kept."
+            )
+
+
+def _problem(model: nn.Module, rows: Sequence[Row], found: Step, scaled: bool) -> str:
+    """Return what is not finite and of which rows, in words; nothing where all is well."""
+    logps = {name: v for name, v in found.stats.present().items() if name.endswith("logps")}
+    looked_at = {"the loss": found.losses, **{_in_words(name): v for name, v in logps.items()}}
+    bad = {what: ~torch.isfinite(values) for what, values in looked_at.items()}
+    any_row = torch.stack(list(bad.values())).any(0)
+    if bool(any_row.any()):
+        # a log-prob says more than the loss that it became; the first one is the policy's
+        what, *causes = [what for what, hits in bad.items() if bool(hits.any())]
+        what = causes[0] if causes and what == "the loss" else what
+        places = [row for row, hit in zip(rows, any_row.tolist(), strict=True) if hit]
+        return f"{what} is not a finite number; rows {_places(places)}"
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if scaled or not gradients:
+        return ""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (
+        ""
+        if bool(torch.isfinite(norm))
+        else f"the gradient is not a finite number; rows {_places(rows)}"
+    )
+
+
+def _in_words(name: str) -> str:
+    """Return a statistic's name for a sentence: ``reference_chosen_logps`` and its like."""
+    who, *rest = name.removesuffix("_logps").split("_")
+    side = f" of {' '.join(rest)}" if rest else ""
+    return f"the log-prob{side} under the {who}"
+
+
+def _places(rows: Sequence[Row]) -> str:
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(f"{row['file']}:{row['row']}" for row in rows[:NAMED]) + more
