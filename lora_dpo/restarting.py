@@ -125,6 +125,10 @@ def check_start(folder: Path, config: Config, *, resume: bool) -> Found:
         TrainingError: what is there is another run.
     """
     where = f"output.dir {str(folder)!r}"
+    try:
+        folder.exists()
+    except OSError as error:  # a name that no file system takes
+        raise OutputError(f"{where}: cannot be used ({error}).") from None
     if (folder / "config.yaml").is_file() and is_held(folder):
         raise OutputError(
             f"{where}: another process is writing here. Wait for it, or choose another folder."

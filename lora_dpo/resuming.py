@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class ResumableTrainer(WholeSteps):
     facts: dict[str, Any]
     keep_checkpoints: int | None
     _margins: Any
-    _check_logps: list[float]
+    _check_logps: Sequence[float]
     _metrics: JsonlCallback | None = None
     _logged_at: int = -1  # the step of an evaluation that a resumed run's log has
 

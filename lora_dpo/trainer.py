@@ -114,6 +114,8 @@ class PreferenceTrainer(ResumableTrainer):
     train_dataset: Any
     accelerator: Any
     objective: BoundObjective
+    _check_logps: Sequence[float] = ()  # of the reference, on the first rows
+    _kept_lines: Sequence[str] = ()  # on log-probs of the reference that are kept with the rows
 
     def __init__(
         self,
@@ -144,16 +146,14 @@ class PreferenceTrainer(ResumableTrainer):
         self.keep_checkpoints = args.save_total_limit
         self.window, self.pace, self.evaluated_at = Window(), Pace(), -1
         self.steps = Steps(on_nonfinite)
-        self._check_logps: list[float] = []
-        self._kept_lines: list[str] = []
         train, held_out = (
             tokenised(data, tokenizer, max_length, bound.data) if data is not None else None
             for data in (train_data, eval_data)
         )
         if train is None or not len(train):
             raise DataError("PreferenceTrainer: train_data holds no rows.")
-        self.facts = {**(facts or {"objective": str(bound)}), "rows": train.fingerprint[:16]}
-        self.facts["rows_a_step"] = rows_a_step(args)
+        seen = {"rows": train.fingerprint[:16], "rows_a_step": rows_a_step(args)}
+        self.facts = {**(facts or {"objective": str(bound)}), **seen}
         train, held_out = fitted(bound, train, held_out)
         self.objective = balanced(bound, train)
         self.states = self.objective.initial_states()

@@ -68,7 +68,7 @@ class Vocabulary:
         }
         for text in map(str, self.tokenizer.all_special_tokens):
             if text not in table:
-                table[text] = int(self.tokenizer.convert_tokens_to_ids([text])[0])
+                (table[text],) = self.tokenizer.convert_tokens_to_ids([text])  # type: ignore[misc]
         return {text: i for text, i in table.items() if text.strip()}
 
     @cached_property
