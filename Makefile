@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test processes campaign docs coverage mutation faults soak clean
+.PHONY: quickstart test processes campaign slow docs coverage mutation faults soak clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -23,6 +23,9 @@ processes: $(VENV)/.installed-test  ## the campaign of several processes, some m
 
 campaign: $(VENV)/.installed-test  ## bad input by the thousand; its table goes into docs/campaign.md
 	$(BIN)/python -m tests.campaign $(CAMPAIGN)
+
+slow: $(VENV)/.installed-test  ## tests that take a minute each: real data of ../shared, benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 docs: $(VENV)/.installed-docs  ## the site, in docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html

@@ -21,6 +21,8 @@ import lora_dpo
 from lora_dpo.data import PairBatch, collate_pairs
 from lora_dpo.run_folder import Run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40  # three seeds gave 0.875, 0.875 and 0.880
 
 CHAT_TEMPLATE = (
