@@ -30,7 +30,7 @@ from tests.campaign.running import run_kind
 from tests.data.conftest import _chatml
 
 GOOD = {"prompt": "Is it?", "chosen": " yes", "rejected": " no"}
-SAMPLE = {"data files": 250, "configs": 200, "command lines": 25}
+SAMPLE = {"data files": 120, "configs": 120, "command lines": 12}
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
@@ -38,7 +38,8 @@ def test_a_sample_of_the_campaign_is_read_right_or_refused_by_name(kind: str) ->
     tally = run_kind(kind, SAMPLE[kind], 20261)
     assert not tally.defects, "\n".join(f"{k}: {v}" for k, v in tally.defects.items())
     assert tally.total == SAMPLE[kind]
-    assert tally.outcomes["read"] > 0.05 * tally.total and tally.outcomes["refused"]
+    assert tally.outcomes["refused"]
+    assert kind == "command lines" or tally.outcomes["read"] > 0.1 * tally.total
 
 
 # ---- data -------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from typing import Any
 _KINDS = {
     "a token of the hub": re.compile(r"(?<![\w-])hf_[A-Za-z0-9]{20,}"),
     "an API key": re.compile(r"(?<![\w-])sk-(?=[\w-]*[0-9])[\w-]{20,}"),
-    "a user and a password": re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@", re.IGNORECASE),
+    "a user and a password": re.compile(
+        r"[a-z][a-z0-9+.-]{0,20}://[^/\s:@]+:[^/\s@]+@", re.IGNORECASE
+    ),
 }
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")
 _DEEPEST = 16

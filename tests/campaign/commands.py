@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lora_dpo.cli import app
+from lora_dpo.restarting import BEFORE_TRAINING
 from tests.campaign.configs import KEYS
 from tests.campaign.judging import READ, REFUSED, hold
 from tests.campaign.texts import NASTY, texts
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "lora_dpo" / "quickstart"
-# What a start of a run may leave behind that ends before its first step: it can be repeated as it is.
-OF_A_START = {".lock", "config.yaml", "data.json", "lengths.json", "plan.json"}
 TARGETS = ("made", "made.yaml", "made.html", "made.jsonl")
 
 
@@ -216,7 +215,7 @@ def judge(case: Line, folder: Path) -> str:
             told = len(starts) == 1 or case.words[0] == "smoke"
             hold(told, f"{len(starts)} messages: {text[-500:]}")
         left = {path.name for path in made if path.parts[0] in TARGETS or len(path.parts) == 1}
-        hold(left <= OF_A_START | {"made"}, f"left behind: {sorted(left)}")
+        hold(left <= BEFORE_TRAINING | {"made"}, f"left behind: {sorted(left)}")
         return REFUSED if found.exit_code == 1 else "wrong usage"
     finally:
         for path in sorted(made, reverse=True):
