@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from lora_dpo.errors import OutputError, TrainingError
-from lora_dpo.store import MANIFEST, read_json, read_manifest, write_manifest
+from lora_dpo.store import (
+    MANIFEST,
+    is_storage_fault,
+    not_written,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
 
 logger = logging.getLogger("lora_dpo")
 
@@ -58,26 +64,16 @@ def new_checkpoint(folder: Path, *, writes: bool) -> Iterator[None]:
             os.replace(folder, aside)
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _of_storage(error):
+    except Exception as error:
+        if not is_storage_fault(error):
             raise
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
             if aside.is_dir():
                 os.replace(aside, folder)
-        raise OutputError(
-            f"{folder}: could not be written ({' '.join(str(error).split())[:200]}; "
-            f"{shutil.disk_usage(folder.parent).free / 2**20:.0f} MiB are free there). Earlier "
-            "checkpoints are kept: make room, and go on with --resume."
-        ) from None
+        raise not_written(folder, error, "Earlier checkpoints are kept") from None
     if writes:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _of_storage(error: Exception) -> bool:
-    """Whether an error is the disk's: torch tells it as one of its own."""
-    signs = ("PytorchStreamWriter", "inline_container")
-    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 
 def clear_unfinished(run: Path) -> None:

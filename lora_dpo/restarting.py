@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -22,7 +21,15 @@ from lora_dpo.checkpoints import (
 from lora_dpo.config import Config
 from lora_dpo.errors import OutputError
 from lora_dpo.guards import checkpoint_facts
-from lora_dpo.store import clear_half_written, half_written, is_held, lock, read_json
+from lora_dpo.store import (
+    clear_half_written,
+    half_written,
+    is_held,
+    is_storage_fault,
+    lock,
+    not_written,
+    read_json,
+)
 
 logger = logging.getLogger("lora_dpo")
 
@@ -185,23 +192,16 @@ def started(folder: Path, config: Config, found: Found) -> Iterator[None]:
         yield
 
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-
 @contextmanager
 def storage_faults(folder: Path) -> Iterator[None]:
     """Say of a disk that is full or cannot be written to what is kept, and what to do.
 
     Raises:
-        OutputError: for such an error of the system.
+        OutputError: for an error of the disk.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _STORAGE:
-            raise
-        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        raise OutputError(
-            f"{folder}: could not be written ({error}; {shutil.disk_usage(above).free / 2**20:.0f} MiB "
-            "are free there). What was saved is kept: make room, and go on with --resume."
-        ) from None
+    except Exception as error:
+        if is_storage_fault(error):
+            raise not_written(folder, error, "What was saved is kept") from None
+        raise

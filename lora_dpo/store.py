@@ -81,6 +81,35 @@ def clear_half_written(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def is_storage_fault(error: BaseException) -> bool:
+    """Whether an error is the disk's: full, read-only, broken. Two libraries tell it as their own."""
+    if isinstance(error, OSError):
+        return error.errno in _STORAGE
+    if type(error).__name__ == "SafetensorError":
+        return "os error" in str(error)
+    return any(sign in str(error) for sign in ("PytorchStreamWriter", "inline_container"))
+
+
+def not_written(path: Path, error: BaseException, kept: str) -> OutputError:
+    """Return the error that says so.
+
+    Args:
+        path: what could not be written.
+        error: of the disk.
+        kept: a sentence's beginning: what is left.
+    """
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    free = shutil.disk_usage(above).free / 2**20
+    reason = " ".join(str(error).split())[:200]
+    return OutputError(
+        f"{path}: could not be written ({reason}; {free:.0f} MiB are free there). {kept}: make room, and "
+        "start again (train with --resume)."
+    )
+
+
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk: what comes later is there later."""
     if os.name != "posix" and path.is_dir():
@@ -184,8 +213,9 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a temporary folder beside ``target``; it takes the target's name only when all is done.
 
     Raises ``OutputError`` before anything is written if the target exists and is not empty, unless
-    ``overwrite``; on any exception inside the block the temporary folder is removed and an existing
-    target stays as it was. What a killed process left beside the target is removed.
+    ``overwrite``, and where the disk is full or cannot be written to; on any exception inside the
+    block the temporary folder is removed and an existing target stays as it was. What a killed
+    process left beside the target is removed.
     """
     target = target.absolute()
     _settle_killed(target)
@@ -208,6 +238,10 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.replace(target, _moved_away(work))
             os.replace(work, target)
             sync(target.parent)
+        except Exception as error:
+            if is_storage_fault(error):
+                raise not_written(target, error, "Nothing of it is kept") from None
+            raise
         finally:
             _settle(target, work)
             sign.unlink(missing_ok=True)

@@ -160,6 +160,8 @@ def _lost(kills: list[Kill]) -> str:
     if not kills:
         return ""
     lost = [kill.lost for kill in kills]
+    if not any(lost):
+        return "none"
     return f"at most {max(lost)}, {sum(lost) / len(lost):.1f} in the mean"
 
 

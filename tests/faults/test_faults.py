@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from lora_dpo.errors import OutputError
+from lora_dpo.store import new_folder
 from tests.faults import page, storage
 from tests.faults.checks import Whole
 from tests.faults.kills import killed_run, uninterrupted
@@ -53,6 +59,25 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_saved(
     except storage.NotHereError as error:
         pytest.skip(str(error))
     assert tried.outcome.startswith("one error")
+
+
+def test_every_writer_that_meets_a_full_disk_is_understood(tmp_path: Path) -> None:
+    """safetensors and torch tell it as errors of their own."""
+    tensors = {"a": torch.zeros(100_000)}
+    writers: list[Callable[[Path], Any]] = [
+        lambda path: save_file(tensors, path / "a.safetensors"),
+        lambda path: torch.save(tensors, path / "a.pt"),
+        lambda path: (path / "a.txt").write_text("a" * 400_000),
+    ]
+    try:
+        with storage.disk(tmp_path / "small", "size=64k"):
+            for write in writers:
+                told = pytest.raises(OutputError, match=r"could not be written.*make room")
+                with told, new_folder(tmp_path / "small" / "out") as work:
+                    write(work)
+                assert not list((tmp_path / "small").iterdir())
+    except storage.NotHereError as error:
+        pytest.skip(str(error))
 
 
 def test_a_part_of_a_page_is_replaced_and_its_rest_kept(tmp_path: Path) -> None:
