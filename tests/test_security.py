@@ -47,7 +47,7 @@ from lora_dpo.preparing import load_tokenizer
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run
 from lora_dpo.showing import Lines, page
-from lora_dpo.store import MANIFEST, add_lines, read_json, write_json, write_manifest
+from lora_dpo.store import MANIFEST, add_lines, fingerprint, read_json, write_json, write_manifest
 from tests.conftest import byte_tokenizer
 from tests.judge_server import Reply, completion, serving
 
@@ -557,7 +557,8 @@ def test_a_manifest_speaks_of_its_own_folder_alone(tmp_path: Path, name: str) ->
     write_manifest(folder)
     manifest = read_json(folder / MANIFEST)
     for listed in (name, str(outside)):
-        write_json(folder / MANIFEST, {**manifest, "files": {listed: {"bytes": 6, "sha256": ""}}})
+        content = {"facts": manifest["facts"], "files": {listed: {"bytes": 6, "sha256": ""}}}
+        write_json(folder / MANIFEST, {**content, "sha256": fingerprint(content)})
         with pytest.raises(OutputError, match="which lies outside of"):
             read_manifest(folder)
 
