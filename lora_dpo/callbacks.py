@@ -52,6 +52,7 @@ class JsonlCallback(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._bytes, self._sha256 = 0, hashlib.sha256()
+        self._most = 2 * self.KEPT  # lines in memory, before some of them go
         self._resumed: Mapping[str, Any] | None = None
 
     def mark(self) -> dict[str, Any]:
@@ -88,8 +89,9 @@ class JsonlCallback(TrainerCallback):
             return
         with self.path.open("ab") as stream:
             stream.write(self._counted(json_line(state.log_history[-1]) + "\n"))
-        if len(state.log_history) > 3 * self.KEPT:
+        if len(state.log_history) > self._most:
             state.log_history[:] = last_lines(state.log_history, self.KEPT)
+            self._most = len(state.log_history) + self.KEPT // 4
 
     def _counted(self, text: str) -> bytes:
         content = text.encode()

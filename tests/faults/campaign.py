@@ -148,7 +148,7 @@ class Campaign:
             [
                 f"`python -m tests.faults.campaign --kills {self.kills} --seed {seed}`, "
                 f"{seconds / 60:.0f} minutes; {page.machine()}.",
-                f"{len(self.kept)} kills of runs of {STEPS} steps, a checkpoint every {EVERY}.",
+                f"{len(self.kept)} kills: of runs of {STEPS} steps, a checkpoint every {EVERY}; of exports.",
                 page.table(["fault", "times tried", "outcome", "steps lost"], rows),
                 "The kills of runs, by their settings:",
                 page.table(["settings", "kills", "steps lost"], by_settings),
