@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_dpo import objectives
-from lora_dpo.objectives import get
+from lora_dpo.errors import ConfigError
+from lora_dpo.objectives import coupled, get
 from lora_dpo.objectives._maths import log1mexp, log_odds, tangent_exp, tangent_expm1
 from lora_dpo.stats import LabelledStats, PairStats
 from lora_dpo.testing import random_stats
@@ -108,6 +109,31 @@ def test_coupled_losses_follow_their_rows_when_these_are_shuffled(name: str) -> 
     losses = get(name).bind()(stats)
     shuffled = get(name).bind()(stats.map(lambda _, value: value[order]))
     torch.testing.assert_close(shuffled, losses[order])
+
+
+def test_beta_dpo_weighs_pairs_by_their_standard_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(-((margin - M) / S) ** 2 / 2), as log-weights, with M and S as the state has them."""
+    margins = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64)
+    zeros, seen = torch.zeros_like(margins), []
+
+    def first_ones(weights: Tensor, count: int) -> Tensor:
+        seen.append(weights)
+        return torch.arange(len(weights)) < count
+
+    monkeypatch.setattr(coupled, "draw", first_ones)
+    stats = PairStats(margins, zeros, zeros + 1, zeros + 1, zeros, zeros)
+    get("beta_dpo").bind()(stats, {"beta_dpo": {"mean": 1.0, "std": 1.5}})
+    torch.testing.assert_close(seen[0], torch.tensor([0.0, -2.0, -2.0], dtype=torch.float64))
+
+
+def test_terms_of_a_mixture_take_the_same_kind_of_data() -> None:
+    for names, works in ((("dpo", "ipo"), True), (("dpo", "kto"), False)):
+        terms = [{"name": name, "weight": 1.0} for name in names]
+        if works:
+            assert objectives.build({"name": "mixture", "terms": terms}).data == "paired"
+        else:
+            with pytest.raises(ConfigError, match=r"same kind of data; got dpo \(paired\), kto"):
+                objectives.build({"name": "mixture", "terms": terms})
 
 
 def test_beta_dpo_keeps_the_likely_pairs_and_means_over_them() -> None:
