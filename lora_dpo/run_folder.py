@@ -43,7 +43,7 @@ from lora_dpo.policy import (
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.stepping import fitted
-from lora_dpo.store import read_json, read_manifest
+from lora_dpo.store import read_json, read_manifest, whole_lines
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,11 +79,8 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Every log line, oldest first."""
-        import json
-
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        """Every whole log line, oldest first."""
+        return [entry for _, entry in whole_lines(self.folder / "metrics.jsonl")]
 
     @property
     def objective(self) -> BoundObjective:

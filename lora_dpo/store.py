@@ -152,6 +152,23 @@ def read_json(path: Path) -> Any:
         raise OutputError(f"{path}: not readable as JSON ({error}); the file is damaged.") from None
 
 
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a file of steps, as they are and as mappings; none without the file.
+
+    A process that is killed leaves its last line torn: such lines are passed over.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as source:
+        for line in source:
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield line, entry
+
+
 def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Leave of a file of JSON lines those up to a step, and return them; none without the file.
 
@@ -174,12 +191,8 @@ def keep_lines_until(
     """
     if not path.is_file():
         return
-    with path.open("rb") as source, rewritten(path) as target:
-        for line in source:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
+    with rewritten(path) as target:
+        for line, entry in whole_lines(path):
             if entry["step"] <= step:
                 target.write(line.rstrip(b"\n") + b"\n")
                 if heard is not None:

@@ -254,15 +254,15 @@ def test_lines_that_one_run_lacks_count_unless_the_first_was_left() -> None:
         (part, whole, True, ["step 2: the training line of the first run"]),
         (part, whole, False, []),
     ):
-        differing, missing, figures = compare_lines(was, now, ended=ended, resumed=False)
+        differing, missing, figures = compare_lines(was, now, ended=ended)
         assert (differing, missing, figures) == ([], expected, 2)
 
 
 def test_a_figure_that_is_no_number_in_both_is_the_same_and_in_one_is_infinitely_far() -> None:
     nan = keyed([{"loss": math.nan, "step": 1}], 1)
     number = keyed([{"loss": 1.0, "step": 1}], 1)
-    assert compare_lines(nan, nan, ended=True, resumed=False)[0] == []
-    ((difference,), _, _) = compare_lines(nan, number, ended=True, resumed=False)
+    assert compare_lines(nan, nan, ended=True)[0] == []
+    ((difference,), _, _) = compare_lines(nan, number, ended=True)
     assert difference.apart == math.inf
     found = Reproduction("a", "b", 1, True, 1, 1, (difference,), (), (), (), tolerance=1e9)
     assert not found.passed and found.to_dict()["largest"] == "inf"

@@ -19,6 +19,7 @@ from lora_dpo.store import (
     new_folder,
     read_json,
     read_manifest,
+    whole_lines,
     write_json,
     write_manifest,
 )
@@ -193,3 +194,12 @@ def test_a_second_process_does_not_get_a_folder_that_is_held(tmp_path: Path) -> 
     assert "another process is writing here" in second.stderr
     third = subprocess.run(command, capture_output=True, text=True, check=True)
     assert third.stdout == "held\n"
+
+
+def test_lines_that_a_killed_process_tore_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert list(whole_lines(path)) == []
+    path.write_bytes(
+        b'{"step": 1}\n[1]\n{"loss": 2}\n{"step": 2, "text": "\xc3\xa9"}\n{"step": 3, "te\xc3'
+    )
+    assert [entry for _, entry in whole_lines(path)] == [{"step": 1}, {"step": 2, "text": "é"}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from lora_dpo.diagnostics.measuring import (
 from lora_dpo.evaluation import collect_stats
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import adapter_change
+from lora_dpo.store import whole_lines
 
 logger = logging.getLogger("lora_dpo")
 
@@ -139,8 +139,7 @@ def read_margins(run: Path) -> dict[str, list[tuple[int, float]]] | None:
     if not path.is_file():
         return None
     seen: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        step = json.loads(line)
+    for _, step in whole_lines(path):
         for file, row, margin in step["rows"]:
             seen.setdefault(f"{file}:{row}", []).append((step["step"], margin))
     return seen

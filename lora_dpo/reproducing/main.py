@@ -22,7 +22,6 @@ from lora_dpo.reproducing.measuring import (
     compare_lines,
     held_out,
     keyed,
-    read_history,
 )
 from lora_dpo.reproducing.result import Reproduction
 from lora_dpo.run import train
@@ -59,16 +58,15 @@ def reproduce(
     target = Path(to) if to is not None else run.folder.with_name(f"{run.folder.name}-again")
     _check_target(run.folder, target)
     recorded, ended = environment_of(run.folder), bool(run.results)
-    history = read_history(run.folder)
+    history = run.history
     steps = _steps(run, history)
     config = _config(run, target, recorded)
     _check_sources(config, run, recorded)
     sessions = recorded.get("sessions") or []
     with _threads(sessions[-1].get("threads") if sessions else None):
         again = train(config, stop_after=steps)
-    resumed = len(sessions) > 1
-    was, now = keyed(history, steps), keyed(read_history(target), steps)
-    differing, missing, figures = compare_lines(was, now, ended=ended, resumed=resumed)
+    was, now = keyed(history, steps), keyed(again.history, steps)
+    differing, missing, figures = compare_lines(was, now, ended=ended)
     if ended:
         first, second = held_out(run.results), held_out(again.results)
         names = list({**first, **second})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,24 +17,9 @@ from lora_dpo.store import file_sha256
 _WEIGHTS = "adapter_model.safetensors"
 _OF_THE_CLOCK = ("_per_second", "_runtime")
 _OF_THE_MACHINE = ("memory/",)
-_OF_THE_LAST_SESSION = "train_loss"  # the library's mean over the steps since it was last started
 
 Line = Mapping[str, Any]
 Key = tuple[int, str, int]
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the whole log lines of a run, which may have been killed in the middle of one."""
-    path, found = folder / "metrics.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
 
 
 def keyed(history: Iterable[Line], until: int) -> dict[Key, dict[str, float]]:
@@ -63,7 +47,6 @@ def compare_lines(
     now: Mapping[Key, Mapping[str, float]],
     *,
     ended: bool,
-    resumed: bool,
 ) -> tuple[list[Difference], list[str], int]:
     """Return figures that differ, lines that one side lacks, and how many figures were compared.
 
@@ -71,7 +54,6 @@ def compare_lines(
         was: of the first run.
         now: of the second.
         ended: whether the first came to its end; else what only the second has is no fault.
-        resumed: whether the first was started more than once.
     """
     differing: list[Difference] = []
     missing = [f"{_named(key)} of the second run" for key in was if key not in now]
@@ -79,8 +61,7 @@ def compare_lines(
         missing += [f"{_named(key)} of the first run" for key in now if key not in was]
     count = 0
     for key in (key for key in was if key in now):
-        left_out = {_OF_THE_LAST_SESSION} if resumed else set()
-        names = [name for name in {**was[key], **now[key]} if name not in left_out]
+        names = list({**was[key], **now[key]})
         count += len(names)
         differing += compare_figures(f"step {key[0]}", names, was[key], now[key])
     return differing, missing, count
