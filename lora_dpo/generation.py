@@ -278,9 +278,8 @@ def encode_prompt(
             )
         return _encode_chat(tokenizer, prompt, template_arguments or {})
     text, opened = without_bos(tokenizer, prompt)
-    ids: list[int] = list(
-        tokenizer(text, split_special_tokens=True)["input_ids"]
-    )  # text: no control tokens
+    # in a text nothing is a control token
+    ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     if opened and tokenizer.bos_token_id not in ids[:1]:
