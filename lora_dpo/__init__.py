@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_dpo.evaluation import evaluate_policy
     from lora_dpo.exporting import export_adapter, export_merged
     from lora_dpo.finetuning import sft
+    from lora_dpo.finished import diagnose, diagnose_preferences, evaluate, generate
     from lora_dpo.forward import completion_logps, labelled_stats, pair_stats
     from lora_dpo.generation import generate_side_by_side
     from lora_dpo.handing import export, push, smoke, write_gguf
@@ -32,13 +33,7 @@ if TYPE_CHECKING:
     from lora_dpo.reference_store import stored_reference_logps
     from lora_dpo.reporting import report
     from lora_dpo.reproducing import reproduce
-    from lora_dpo.run import (
-        diagnose,
-        diagnose_preferences,
-        evaluate,
-        generate,
-        train,
-    )
+    from lora_dpo.run import train
     from lora_dpo.run_folder import Run
     from lora_dpo.sampling import sample
     from lora_dpo.scoring import best_of, score, score_run
@@ -56,15 +51,15 @@ _HOME = {
     "best_of": "scoring",
     "compare": "comparing",
     "completion_logps": "forward",
-    "diagnose": "run",
-    "diagnose_preferences": "run",
+    "diagnose": "finished",
+    "diagnose_preferences": "finished",
     "doctor": "checkup",
-    "evaluate": "run",
+    "evaluate": "finished",
     "evaluate_policy": "evaluation",
     "export": "handing",
     "export_adapter": "exporting",
     "export_merged": "exporting",
-    "generate": "run",
+    "generate": "finished",
     "generate_side_by_side": "generation",
     "init_config": "drafting",
     "inspect_preferences": "inspecting",

@@ -25,12 +25,13 @@ from lora_dpo import objectives, reference_store
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import ConfigError, OutputError, TrainingError
+from lora_dpo.finished import evaluate
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import attention
 from lora_dpo.policy import load_policy, reference_identity, save_adapter
 from lora_dpo.reference_cache import COLUMNS, check_known_reference, with_reference_logps
 from lora_dpo.reference_store import RECORD, ReferenceStore, answer_keys, stored_reference_logps
-from lora_dpo.run import evaluate, train
+from lora_dpo.run import train
 from lora_dpo.store import lock
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter

@@ -24,10 +24,11 @@ from lora_dpo.arguments import argument_problems
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError, TrainingError
 from lora_dpo.exporting import export_merged
+from lora_dpo.finished import evaluate
 from lora_dpo.handing import export
 from lora_dpo.heads import check_head
 from lora_dpo.policy import load_policy, prepare_policy, save_adapter
-from lora_dpo.run import evaluate, train
+from lora_dpo.run import train
 from lora_dpo.run_folder import Run
 from lora_dpo.stepping import one_batch_a_step
 from tests.helpers import move_adapter, random_rows

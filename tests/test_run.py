@@ -23,10 +23,11 @@ from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.cli import app
 from lora_dpo.config import Config
 from lora_dpo.errors import OutputError, TrainingError
+from lora_dpo.finished import evaluate, generate
 from lora_dpo.handing import export
 from lora_dpo.policy import bases
 from lora_dpo.restarting import check_start, found_in, started
-from lora_dpo.run import evaluate, generate, train
+from lora_dpo.run import train
 from lora_dpo.run_folder import Run
 from lora_dpo.store import MANIFEST
 

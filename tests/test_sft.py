@@ -19,10 +19,11 @@ from lora_dpo.diagnostics import Effort
 from lora_dpo.errors import ConfigError, DataError, ModelError
 from lora_dpo.evaluation import evaluate_policy
 from lora_dpo.finetuning import sft
+from lora_dpo.finished import diagnose
 from lora_dpo.handing import export
 from lora_dpo.objectives import get
 from lora_dpo.policy import load_policy
-from lora_dpo.run import diagnose, train
+from lora_dpo.run import train
 from lora_dpo.run_folder import Run
 from lora_dpo.stepping import Rows
 from lora_dpo.trainer import PreferenceTrainer

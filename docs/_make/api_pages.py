@@ -14,7 +14,7 @@ PAGES = {
     "runs": (
         "Runs",
         "From a config to a folder, and what is done with one afterwards.",
-        ("config", "drafting", "run", "finetuning", "run_folder"),
+        ("config", "drafting", "run", "finetuning", "run_folder", "finished"),
     ),
     "looking": (
         "Looking",

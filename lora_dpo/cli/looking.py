@@ -95,8 +95,8 @@ def diagnose(
             )
         quiet_libraries()
         from lora_dpo.diagnostics import Effort
-        from lora_dpo.run import diagnose as diagnose_run
-        from lora_dpo.run import diagnose_preferences
+        from lora_dpo.finished import diagnose as diagnose_run
+        from lora_dpo.finished import diagnose_preferences
 
         effort = Effort(rows=rows, samples=samples)
         if run is not None:
@@ -122,7 +122,7 @@ def evaluate(
     """Print held-out metrics with 95 % intervals, clustered by prompt."""
     with user_errors():
         quiet_libraries()
-        from lora_dpo.run import evaluate as run_evaluation
+        from lora_dpo.finished import evaluate as run_evaluation
 
         found = run_evaluation(run, data=data, checkpoint=checkpoint)
         show(found, json_)
@@ -145,7 +145,7 @@ def generate(
     """Complete prompts with policy and reference, side by side."""
     with user_errors():
         quiet_libraries()
-        from lora_dpo.run import generate as run_generation
+        from lora_dpo.finished import generate as run_generation
 
         for found in run_generation(
             run,
