@@ -162,7 +162,7 @@ class Comparison(Displayed):
         return rules + [f"{m.name}: {note}" for m in self.policies for note in m.notes]
 
     def terminal(self) -> list[RenderableType]:
-        """Return what is printed."""
+        """Return what is printed: answers first, and the figures where a terminal stops."""
         table = Table(box=None, pad_edge=False)
         table.add_column("")
         for model in self.models:
@@ -174,14 +174,15 @@ class Comparison(Displayed):
                 if any(lines):
                     style = "" if name == label else "dim"
                     table.add_row(said(name, style), *(said(cell, style) for cell in lines))
-        parts: list[RenderableType] = [said(self.heading(), "bold"), table, said("")]
-        parts += [hanging(line, 2) for line in self.findings()]
-        parts += [hanging(line, 2, "dim") for line in (*self.tests(), *self.notes())]
+        parts: list[RenderableType] = []
         width = max(len(model.name) for model in self.models) + 2
         for row in self.answers[: FIRST_SHOWN * self.samples : self.samples]:
-            parts += [said(""), hanging(f"{'prompt':<{width}}{row.prompt}", width, "bold")]
+            parts += [hanging(f"{'prompt':<{width}}{row.prompt}", width, "bold")]
             parts += [hanging(f"{name:<{width}}{text}", width) for name, text in row.texts.items()]
-        return parts
+            parts.append(said(""))
+        parts += [said(self.heading(), "bold"), table, said("")]
+        parts += [hanging(line, 2) for line in self.findings()]
+        return parts + [hanging(line, 2, "dim") for line in (*self.tests(), *self.notes())]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

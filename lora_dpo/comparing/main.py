@@ -203,11 +203,11 @@ class _Work:
         for model, mine in zip(models[1:], answers[1:], strict=True):
             if failed is None:
                 try:
-                    wins_, notes, some = self._by_judge(judge, mine, answers[0], answered)
+                    wins_, notes, said = self._by_judge(judge, mine, answers[0], answered)
                 except JudgeError as error:
                     failed = error
                 else:
-                    answered |= some
+                    failed, answered = said.failed, answered or any(said.verdicts)
                     figures = {**model.measures, "judge_wins": wins_}
                     found.append(replace(model, measures=figures, notes=notes))
                     continue
@@ -216,8 +216,8 @@ class _Work:
 
     def _by_judge(
         self, judge: Judge, mine: Sampled, fixed: Sampled, answered: bool
-    ) -> tuple[Measured, tuple[str, ...], bool]:
-        """Return win rate, notes, and whether the judge gave any verdict."""
+    ) -> tuple[Measured, tuple[str, ...], Judgement]:
+        """Return win rate, notes, and what the judge said."""
         places = [i for i, (a, b) in enumerate(zip(mine.texts, fixed.texts, strict=True)) if a != b]
         asked = [(self.texts[self.clusters[i]], mine.texts[i], fixed.texts[i]) for i in places]
         shares = np.full(len(mine.texts), 0.5)  # the same answer is a tie, and needs no judge
@@ -227,7 +227,7 @@ class _Work:
         notes = [f"judge: {line}" for line in judgement.lines()]
         if same := len(shares) - len(places):
             notes.append(f"judge: {same} answers equal to the reference's count as ties, unasked")
-        return wins("judge_wins", shares, self.clusters), tuple(notes), any(judgement.verdicts)
+        return wins("judge_wins", shares, self.clusters), tuple(notes), judgement
 
     def _side_by_side(self, names: Sequence[str], answers: Sequence[Sampled]) -> list[AnswerRow]:
         return [

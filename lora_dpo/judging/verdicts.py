@@ -110,14 +110,16 @@ class Judgement:
     """Verdicts on many pairs, in their order.
 
     Args:
-        verdicts: None where the judge's answer could not be read.
+        verdicts: None where the judge's answer could not be read, or it had failed.
         bias: over the verdicts that are there.
         example: what was said where it could not be read, the first time.
+        failed: how the judge failed on the way; the verdicts before are paid for, and are there.
     """
 
     verdicts: tuple[Verdict | None, ...]
     bias: PositionBias
     example: str = ""
+    failed: JudgeError | None = None
 
     @property
     def unreadable(self) -> int:
@@ -127,7 +129,10 @@ class Judgement:
     def lines(self) -> list[str]:
         """Return what there is to know about the judge, for people."""
         lines = [str(self.bias)]
-        if self.unreadable:
+        if self.failed is not None:
+            judged = len(self.verdicts) - self.unreadable
+            lines.append(f"figures are of {judged} of {len(self.verdicts)} pairs: {self.failed}")
+        elif self.unreadable:
             lines.append(f"{self.unreadable} pairs without a verdict, left out: {self.example}")
         return lines
 
@@ -153,8 +158,9 @@ def judge_answers(
     """Ask a judge about many ``(prompt, a, b)``, each in both orders.
 
     An answer that cannot be read leaves its pair without a verdict, counted; a judge whose first
-    five are all of that kind is given up, unless it answered before. A judge may have ``at_once``:
-    how many questions it takes at the same time.
+    five are all of that kind is given up, unless it answered before. A judge that fails behind a
+    verdict is asked no more: what it said until then is returned, with ``failed``. A judge may have
+    ``at_once``: how many questions it takes at the same time.
 
     Args:
         judge: of ``open_judge``, or any object with its ``choose``.
@@ -165,17 +171,24 @@ def judge_answers(
         JudgeError: the judge cannot be asked, or answers nothing that can be read.
     """
     said: dict[int, str] = {}
+    failures: list[JudgeError] = []
 
     def ask(place: int) -> Verdict | None:
+        if failures:
+            return None
         try:
             return ask_both_orders(judge, *pairs[place])
         except UnreadableAnswerError as error:
             said[place] = str(error)
-            return None
+        except JudgeError as error:
+            failures.append(error)
+        return None
 
     trial = [] if answered else _first_asked([prompt for prompt, _, _ in pairs])
     verdicts = {place: ask(place) for place in trial}
     if trial and not any(verdicts.values()):
+        if failures:
+            raise failures[0]
         raise JudgeError(
             f"none of the first {len(trial)} pairs got a verdict that could be read; the first: "
             f"{said[trial[0]]}"
@@ -185,8 +198,10 @@ def judge_answers(
         verdicts |= zip(rest, pool.map(ask, rest), strict=True)
     ordered = tuple(verdicts[place] for place in range(len(pairs)))
     there = [(v, pairs[place][0]) for place, v in enumerate(ordered) if v is not None]
+    if failures and not there:
+        raise failures[0]
     bias = PositionBias.of([verdict for verdict, _ in there], [prompt for _, prompt in there])
-    return Judgement(ordered, bias, said[min(said)] if said else "")
+    return Judgement(ordered, bias, said[min(said)] if said else "", next(iter(failures), None))
 
 
 def _first_asked(prompts: Sequence[str]) -> list[int]:

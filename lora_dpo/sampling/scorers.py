@@ -301,6 +301,8 @@ def _judged(judge: Judge, scorer: Scorer) -> Rate:
             (prompt_text(groups[g][0]), groups[g][1][a], groups[g][1][b]) for g, a, b in places
         ]
         judgement = judge_answers(judge, asked, answered=scorer.answered)
+        if judgement.failed is not None:
+            raise judgement.failed  # scores of whole prompts are in the journal
         for (prompt, _, _), verdict in zip(asked, judgement.verdicts, strict=True):
             if verdict is not None:
                 scorer.verdicts.append(verdict)

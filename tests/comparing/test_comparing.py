@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,26 @@ def test_a_judge_that_fails_late_costs_nothing_but_its_own_figures(
     assert figures == full and got["answers"] == expected["answers"]
     assert got["models"][1]["measures"] == expected["models"][1]["measures"]
     assert "the endpoint is gone" in got["models"][2]["notes"][0]
+
+
+def test_verdicts_that_were_given_before_a_judge_failed_count(second: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(second.folder, tmp_path / "second")
+    run = Run.open(folder)
+
+    class LikesTheFirstPlaceTwice(LikesTheSecondRun):
+        asked = 0
+
+        def choose(self, prompt: str, first: str, second: str) -> Any:
+            self.asked += 1
+            if self.asked > 3:  # the trial, and one pair in both orders
+                raise JudgeError("the endpoint is gone")
+            return "first"
+
+    with pytest.raises(JudgeError, match=r"gone.*comparison\.json"):
+        compare(run, PROMPTS, judge=LikesTheFirstPlaceTwice(), **OPTIONS)
+    got = json.loads((folder / "comparison.json").read_text())["models"][1]
+    assert got["measures"]["judge_wins"]["mean_low_high"][0] == 0.5
+    assert re.search(r"figures are of 1 of \d+ pairs: the endpoint is gone", got["notes"][1])
 
 
 def test_equal_answers_are_ties_that_no_judge_is_asked_about(unmoved: Run) -> None:
