@@ -44,8 +44,8 @@ REFUSED = {
     "dataloader_pin_memory": "rows are made into tensors a micro-batch at a time",
     **dict.fromkeys(
         ("fsdp", "deepspeed", "parallelism_config"),
-        "policy and reference share one set of weights, which every process holds whole; start several "
-        "with torchrun",
+        "policy and reference share one set of weights here; start several processes with torchrun, and "
+        "deal the base out among them with train.shard_base",
     ),
     "accelerator_config": "which process runs which rows is the trainer's to say",
     "average_tokens_across_devices": "a step is the mean over its rows in all processes",
@@ -179,7 +179,10 @@ def build_arguments(
     Raises:
         ConfigError: values that are legal one by one but not together.
     """
+    import torch
     from transformers import TrainingArguments
+
+    from lora_dpo.ranks import launched_processes
 
     strategy = "steps" if evaluates else "no"
     known = _field_types()
@@ -195,6 +198,8 @@ def build_arguments(
         merged.setdefault("metric_for_best_model", "eval_loss")
         merged.setdefault("greater_is_better", "loss" not in str(merged["metric_for_best_model"]))
     merged["report_to"] = merged["report_to"] or "none"
+    if launched_processes() > 1 and not torch.accelerator.is_available():
+        merged.setdefault("use_cpu", True)  # else accelerate takes each process for the only one
     if merged["eval_strategy"] != "steps":
         merged["eval_steps"] = values.get("eval_steps")
     fields = {key: merged[key] for key in merged if key not in _CHECKPOINTING}

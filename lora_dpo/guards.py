@@ -24,6 +24,7 @@ _FREE_KEYS = {
     "train.run_name",
     "train.cache_reference",
     "train.reference_cache_dir",
+    "train.shard_base",
     "train.on_nonfinite",
     # their product with the number of processes stands beside, as rows_a_step; no number depends on more
     "train.per_device_train_batch_size",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.randomness import random_state, restore_random, seeded
-from lora_dpo.ranks import check_averaged, gathered, places, processes, rank, share
+from lora_dpo.ranks import check_averaged, dealt, gathered, places, processes, rank
 from lora_dpo.stats import AnyStats
 from lora_dpo.stepping import Batches, batch_tokens
 
@@ -80,14 +80,12 @@ class Passes:
         if self.objective.couples_rows and (len(parts) > 1 or processes() > 1):
             return self._in_two_passes(model, parts, states, tokens_a_row)
         scale = processes() / len(rows)  # gradients of processes are averaged
-        own = share(parts)
         found = []
-        for part, syncing in self._synchronised(model, own or [parts[0][:1]]):
+        for part, counts, syncing in self._synchronised(model, dealt(parts)):
             with syncing:
                 stats = self.collect(model, part, False)
                 losses = self._losses(stats, states, tokens_a_row)
-                # the others wait for a process without rows: it runs one that counts nothing
-                self.backward(losses.sum() * (scale if own else 0.0))
+                self.backward(losses.sum() * (scale if counts else 0.0))
             found.append(Step(stats.detach(), losses.detach()))
         stats, losses = _cat([s.stats for s in found]), torch.cat([s.losses for s in found])
         values = gathered({**stats.present(), "losses": losses}, parts)
@@ -120,9 +118,9 @@ class Passes:
         tokens_a_row: float,
     ) -> Step:
         randomness, found = [], []
-        own = share(parts) or [parts[0][:1]]
+        own = dealt(parts)
         with torch.no_grad():
-            for part in own:
+            for part, _ in own:
                 randomness.append(random_state())
                 found.append(self.collect(model, part, False))
         after = random_state()
@@ -134,17 +132,18 @@ class Passes:
             (losses.sum() * (processes() / len(whole))).backward()
         mine = places(parts, rank())
         gradients = {
-            # zeros where this process has no rows, and runs one for the others
-            name: leaf.grad[mine] if mine else torch.zeros_like(leaf.grad[:1])
+            # behind them a zero, for a row that counts nothing
+            name: torch.cat([leaf.grad[mine], leaf.grad.new_zeros(1)])
             for name, leaf in leaves.present().items()
             if leaf.grad is not None
         }
         start = 0
-        for (part, syncing), before in zip(self._synchronised(model, own), randomness, strict=True):
+        turns = zip(self._synchronised(model, own), randomness, strict=True)
+        for (part, counts, syncing), before in turns:
             restore_random(before)  # the same dropout and draws as in the first pass
             with syncing:
                 values = self.collect(model, part, True).present()
-                here = slice(start, start + len(part))
+                here = slice(start, start + len(part)) if counts else slice(len(mine), None)
                 self.backward(
                     torch.stack([(values[k] * g[here]).sum() for k, g in gradients.items()]).sum()
                 )
@@ -153,11 +152,11 @@ class Passes:
         return Step(whole, losses.detach())
 
     def _synchronised(
-        self, model: nn.Module, parts: Sequence[Sequence[Row]]
-    ) -> Iterator[tuple[Sequence[Row], contextlib.AbstractContextManager[Any]]]:
-        for number, part in enumerate(parts):
+        self, model: nn.Module, parts: Sequence[tuple[Sequence[Row], bool]]
+    ) -> Iterator[tuple[Sequence[Row], bool, contextlib.AbstractContextManager[Any]]]:
+        for number, (part, counts) in enumerate(parts):
             last = number + 1 == len(parts)
-            yield part, contextlib.nullcontext() if last else self.no_sync(model)
+            yield part, counts, contextlib.nullcontext() if last else self.no_sync(model)
 
 
 def _moves(name: str) -> bool:

@@ -40,6 +40,11 @@ def launched_as() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def launched_processes() -> int:
+    """Return how many processes the launcher started, before any group is formed."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def rank() -> int:
     """Return the number of this process in the group, from 0."""
     return dist.get_rank() if processes() > 1 else 0
@@ -64,13 +69,18 @@ def refuse_launch(args: Any = None, environment: Mapping[str, str] = os.environ)
     asked = {
         name for name in _SHARDING if environment.get(name, "").lower() in ("true", "1", "yes")
     }
+    if args is not None and args.world_size < processes():
+        raise ConfigError(
+            f"args: {processes()} processes are started, and accelerate takes this one for the only one. On "
+            "a CPU give use_cpu=True."
+        )
     given = {name for name in ("fsdp", "deepspeed") if getattr(args, name, None)}
     for name, what in _SHARDING.items():
         if name in asked or what.lower() in given:
             raise ConfigError(
-                f"launcher: {what} is asked for ({name}), which shards weights or runs steps of its own. "
-                "Policy and reference share one set of weights here, and every process holds it: start "
-                "with configs/accelerate/ddp.yaml, or with torchrun."
+                f"launcher: {what} is asked for ({name}), which wraps the whole policy or runs steps of "
+                "its own. Start with configs/accelerate/ddp.yaml, or with torchrun; where the base is too "
+                "large for one card, train.shard_base: true deals it out among them (FSDP2)."
             )
     # accelerate's simple launcher sets the first always, and the second where several are asked for
     several = "ACCELERATE_USE_CPU" in environment and "MASTER_PORT" in environment
@@ -207,6 +217,17 @@ def whole_steps(loader: Any) -> Any:
 def share(parts: Sequence[Part]) -> list[Part]:
     """Return the parts of a step that this process runs: they are dealt in turn."""
     return list(parts[rank() :: processes()])
+
+
+def dealt(parts: Sequence[Sequence[Part]]) -> list[tuple[Sequence[Part], bool]]:
+    """Return the parts of a step that this process runs, and whether each counts; as many in each process.
+
+    Where none is left for a process it runs a row that counts nothing: the others wait for it, when
+    gradients are added up and when weights that are dealt out are gathered.
+    """
+    own: list[tuple[Sequence[Part], bool]] = [(part, True) for part in share(parts)]
+    rounds = -(-len(parts) // processes())
+    return own + [(parts[0][:1], False)] * (rounds - len(own))
 
 
 def places(parts: Sequence[Sequence[Any]], number: int) -> list[int]:

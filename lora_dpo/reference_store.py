@@ -30,6 +30,7 @@ from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import reference_identity
 from lora_dpo.ranks import agreed, processes, share, wait
 from lora_dpo.reference_cache import reference_batches, with_columns
+from lora_dpo.sharding import is_sharded
 from lora_dpo.showing import bar
 from lora_dpo.store import fingerprint, lock, write_bytes, write_json
 
@@ -138,10 +139,11 @@ class ReferenceStore:
         settings = {"batch_size": batch_size, "chunk": chunk}
         if together and processes() > 1:
             wait()  # until all have looked, before one of them writes
-            with agreed():
-                self._fill(data, keys, known, share(_rows_to_run(keys, known)), **settings)
-            shards, damaged = self._read()
-            known = _lookup(shards.values(), keys)
+            if not is_sharded(self.policy):  # else they run every row together
+                with agreed():
+                    self._fill(data, keys, known, share(_rows_to_run(keys, known)), **settings)
+                shards, damaged = self._read()
+                known = _lookup(shards.values(), keys)
         if np.isnan(known).any():  # all of it, or what another process could not write
             self._fill(data, keys, known, _rows_to_run(keys, known), **settings)
         for path in damaged:  # what of it is needed stands in new files

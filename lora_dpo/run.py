@@ -38,6 +38,7 @@ from lora_dpo.metrics import peak_gib
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
     check_base,
+    compute_dtype,
     describe_policy,
     load_policy,
     peft_config,
@@ -49,9 +50,17 @@ from lora_dpo.preparing import (
     prepare_data,
     reference_cache,
 )
-from lora_dpo.ranks import agreed, first_alone, processes, rank, refuse_launch
+from lora_dpo.ranks import (
+    agreed,
+    first_alone,
+    launched_processes,
+    processes,
+    rank,
+    refuse_launch,
+)
 from lora_dpo.restarting import check_start, started
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
+from lora_dpo.sharding import check_sharding, is_sharded, shard_base
 from lora_dpo.stepping import fitted, rows_a_step, step_of
 from lora_dpo.store import new_folder, write_json, write_text
 from lora_dpo.surroundings import note_environment
@@ -82,6 +91,7 @@ def train(
     show_log_lines()
     refuse_launch()
     config = _as_config(config).resolved()
+    check_sharding(config, launched_processes())
     with deterministic(asks(config.train.further, "full_determinism")):
         return _train(config, resume=resume, stop_after=stop_after)
 
@@ -147,14 +157,20 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
 def _build_trainer(
     config: Config, objective: BoundObjective, arguments: Any, data: RunData
 ) -> PreferenceTrainer:
-    model = config.model
+    model, sharded = config.model, config.train.shard_base
+    settings = {k: v for k, v in model.model_dump().items() if k not in ("base", "adapter")}
+    if sharded:  # loaded into the memory of the machine, for the card that will compute
+        dtype = compute_dtype(model.compute_dtype, arguments.device)
+        settings["compute_dtype"] = str(dtype).removeprefix("torch.")
     policy = load_policy(
         model.base,
-        device="cpu" if arguments.use_cpu else None,
+        device="cpu" if arguments.use_cpu or sharded else None,
         lora=None if model.adapter else peft_config(config.lora),
         adapter=model.adapter,
-        **{k: v for k, v in model.model_dump().items() if k not in ("base", "adapter")},
+        **settings,
     )
+    if sharded:
+        logger.info(shard_base(policy, arguments.device))
     trainer = PreferenceTrainer(
         policy,
         objective=objective,
@@ -224,7 +240,7 @@ def _finish(
         if rank() == 0:
             write_text(folder / "adapter" / "README.md", model_card(config, results))
             write_json(folder / "run.json", results)  # now the run has ended
-    if config.output.diagnose and rank() == 0:
+    if config.output.diagnose and (rank() == 0 or is_sharded(trainer.model)):
         _diagnose_at_the_end(trainer, tokenizer, data, folder)
     logger.info("adapter and metrics are in %s", folder)
     return Run(folder, config, results)
@@ -257,7 +273,8 @@ def _diagnose_at_the_end(
             subject=folder.name,
             effort=Effort(batch_size=trainer.micro_batch, chunk=trainer.chunk_tokens),
         )
-        diagnosis.write(folder / "diagnostics.json")
+        if rank() == 0:
+            diagnosis.write(folder / "diagnostics.json")
     except Exception as error:  # the run is whole without it, and must not be lost to it
         logger.warning("diagnosis failed (%s); try: lora-dpo diagnose %s", error, folder)
         return

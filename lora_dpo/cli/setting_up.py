@@ -90,6 +90,7 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="A card or its memory, as rtx4090 or 12GiB; else this one's.")
     ] = None,
+    cards: Annotated[int, typer.Option(min=1, help="So many of them, for train.shard_base.")] = 1,
     set_: Overrides = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -101,7 +102,7 @@ def plan(
         quiet_libraries()
         from lora_dpo.planning import plan as make_plan
 
-        found = make_plan(checked, gpu=gpu)
+        found = make_plan(checked, gpu=gpu, cards=cards)
         show(found, json_)
 
 

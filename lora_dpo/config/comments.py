@@ -42,6 +42,7 @@ COMMENTS: dict[str, str] = {
     "train.engine": "auto | fast (insists on flat rows) | plain (padded rows, peft's layers)",
     "train.max_tokens_per_batch": "tokens of a micro-batch, in place of its rows",
     "train.on_nonfinite": "a loss that is no number: stop | skip (the step is left out and counted)",
+    "train.shard_base": "true: several cards hold a share of the base each (FSDP2), and not all of it",
     "train.cache_reference": "true: the reference's log-probs are computed once and kept on disk",
     "train.logging_steps": "optimiser steps",
     "train.eval_steps": "below 1: a share of all steps",

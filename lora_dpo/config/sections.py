@@ -127,6 +127,7 @@ class TrainConfig(OpenSection):
     reference_update_weight: float = Field(0.6, gt=0, le=1)
     cache_reference: bool = False
     reference_cache_dir: str | None = None
+    shard_base: bool = False
 
 
 class OutputConfig(Section):

@@ -37,7 +37,9 @@ from lora_dpo.policy import (
     without_dropout,
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
+from lora_dpo.ranks import processes
 from lora_dpo.run_folder import bound_objective
+from lora_dpo.sharding import check_sharding, is_sharded
 from lora_dpo.stepping import Batches, batches_of, fitted, recomputes, row_length
 
 # Adapters beside the trained one, in its size; a soft update needs twice the rank.
@@ -74,13 +76,17 @@ class Question:
             return make_plan(self.setting, self.rows, self.batches, **options)
 
 
-def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = None) -> Plan:
+def plan(
+    config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = None, cards: int = 1
+) -> Plan:
     """Say whether a run fits a card, from its config, the tokenizer and the data alone.
 
     Args:
         config: a ``Config``, a nested mapping, or the path of a YAML file.
         gpu: a known card or an amount of memory, as ``rtx4090`` or ``12GiB``; the card of this
             machine if left out, and no limit where there is none.
+        cards: such cards; the base is dealt out among them with ``train.shard_base``, and else whole
+            on each.
 
     Raises:
         LoraDpoError: a setting, file or model that cannot be used.
@@ -89,15 +95,16 @@ def plan(config: Config | Mapping[str, Any] | str | Path, *, gpu: str | None = N
         config = Config.load(config) if isinstance(config, (str, Path)) else Config.parse(config)
     if gpu:
         card_of(gpu)  # a slip is told before data are read
+    check_sharding(config, cards)
     check_context(config, check_base(config.model))
     objective = bound_objective(config)
     data = prepare_data(config, load_tokenizer(config), objective.data)
     rows, _ = fitted(objective, data.train, None)
-    return question_of(config, list(rows.rows), gpu=gpu).answer()
+    return question_of(config, list(rows.rows), gpu=gpu, cards=cards).answer()
 
 
 def question_of(
-    config: Config, rows: Sequence[Mapping[str, Any]], *, gpu: str | None = None
+    config: Config, rows: Sequence[Mapping[str, Any]], *, gpu: str | None = None, cards: int = 1
 ) -> Question:
     """Return what a plan of a config is asked about, with rows that are tokenised already."""
     card = card_of(gpu) if gpu else this_card()
@@ -120,6 +127,7 @@ def question_of(
         optimiser=optimiser_bytes(arguments),
         embeddings_on_cpu=config.model.embeddings_on_cpu,
         beside=_BESIDE.get(config.train.reference_update, float(adapter is not None)),
+        shards=cards if config.train.shard_base else 1,
     )
     _refuse_what_depth_changes(lora)
     budget = config.train.memory_budget_gib
@@ -206,6 +214,7 @@ def plan_policy(
         optimiser=optimiser_bytes(args),
         embeddings_on_cpu=place.type != device.type,
         beside=getattr(model.peft_config.get(REFERENCE), "r", 0) / lora.r,
+        shards=processes() if is_sharded(policy) else 1,
     )
     options: dict[str, Any] = {"recompute": recompute, "card": card}
     return make_plan(setting, rows, batches, room=room, room_is=words, **options)

@@ -25,6 +25,7 @@ from lora_dpo.planning.imagined import Ledger, Linear4bit, imagined_policy, imag
 
 Row = Mapping[str, Any]
 DEPTHS = (2, 3)
+GATHERED = 3  # layers whose dealt out weights are there at one time: that which runs, and the next on its way
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Setting:
         embeddings_on_cpu: whether the input embeddings are elsewhere.
         beside: frozen adapters that are the reference, in sizes of the trained one: 1 where training
             starts from one or the reference moves, 2 where it moves softly.
+        shards: processes among which the quantised weights are dealt out.
     """
 
     architecture: Any
@@ -63,6 +65,7 @@ class Setting:
     optimiser: float = 8.0
     embeddings_on_cpu: bool = False
     beside: float = 0.0
+    shards: int = 1
 
     @property
     def layers(self) -> int:
@@ -177,9 +180,10 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
     moved = again[small].embeddings if setting.embeddings_on_cpu else 0
     gradients = 4 * at_depth("trained") if accumulates else 0
     quantised, adapters = at_depth("quantised"), at_depth("adapters")
+    gathered = GATHERED * slope("quantised", again) if setting.shards > 1 else 0
     frozen = int(adapters * setting.beside)
     return Bytes(
-        quantised=quantised,
+        quantised=quantised // setting.shards + gathered,
         unquantised=at_depth("static") - quantised - adapters - moved,
         embeddings=again[small].embeddings - moved,
         head_weight=again[small].head,

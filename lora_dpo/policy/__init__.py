@@ -48,7 +48,7 @@ from lora_dpo.policy.switching import (
     shaken,
     unwrap,
 )
-from lora_dpo.policy.weights import Merged, dequantised, merged_tensors, plain_weight
+from lora_dpo.policy.weights import Merged, dequantised, merged_tensors, plain_weight, quant_state
 
 __all__ = [
     "ADAPTER",
@@ -85,6 +85,7 @@ __all__ = [
     "plain_weight",
     "policy_adapter",
     "prepare_policy",
+    "quant_state",
     "read_reference",
     "reference",
     "reference_identity",

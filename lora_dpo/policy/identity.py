@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_dpo.policy.switching import REFERENCE, Switch, unwrap
+from lora_dpo.policy.weights import quant_state
 from lora_dpo.store import fingerprint
 
 _PIECE = 1 << 26  # bytes that leave the accelerator at one time
@@ -77,7 +78,7 @@ def _base_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _quantisation(module: Any, weight: Any) -> dict[str, Any]:
     """Return what beside its bytes tells the values of a weight that bitsandbytes quantised."""
-    if (state := getattr(weight, "quant_state", None)) is not None:
+    if weight is module._parameters.get("weight") and (state := quant_state(module)) is not None:
         return dict(state.as_dict(packed=False))
     if (state := getattr(module, "state", None)) is not None and hasattr(state, "SCB"):
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
@@ -139,13 +140,22 @@ def _digest_of(tensors: dict[str, Tensor]) -> str:
     """Return one hash of named tensors: of their bytes, shapes and dtypes."""
     # tied tensors are read once
     own = {_place(tensor): tensor for tensor in tensors.values()}
+    # those that are dealt out are gathered one at a time, by all processes
+    dealt = {place: own.pop(place) for place in list(own) if hasattr(own[place], "full_tensor")}
+    digests = {place: _digest(_gathered(tensor)) for place, tensor in dealt.items()}
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
-        digests = dict(zip(own, pool.map(_digest, own.values()), strict=True))
+        digests |= zip(own, pool.map(_digest, own.values()), strict=True)
     return fingerprint({name: digests[_place(tensor)] for name, tensor in tensors.items()})
 
 
+def _gathered(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, str(tensor.device)
+    held = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, str(tensor.device)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -34,7 +34,7 @@ def dequantised(layer: Any) -> Tensor:
     if not _is_quantised(weight):
         value: Tensor = weight.detach().float()
         return value
-    state = getattr(weight, "quant_state", None) or getattr(layer, "state", None)
+    state = quant_state(layer) or getattr(layer, "state", None)
     return dequantize_bnb_weight(weight, state=state).detach().float()
 
 
@@ -43,13 +43,21 @@ def plain_weight(layer: Any) -> Tensor:
 
     A 4-bit one is a new tensor, in the dtype in which it was quantised; a plain one is itself.
     """
-    weight = layer.weight
-    if not _is_quantised(weight):
+    weight, state = layer.weight, quant_state(layer)
+    if state is None:
         return weight  # type: ignore[no-any-return]
     from bitsandbytes.functional import dequantize_4bit
 
-    state = getattr(weight, "quant_state", None) or layer.quant_state
     return dequantize_4bit(weight.data, state)
+
+
+def quant_state(layer: Any) -> Any:
+    """Return what beside its bytes tells a 4-bit layer's weight, or None for another layer.
+
+    Weights that are gathered from other processes are plain tensors; the layer keeps it for them.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
 
 
 def _in_its_own_layout(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lora_dpo.data import Tokenised
 from lora_dpo.diagnostics.measuring import prompts_of
 from lora_dpo.generation import sample_ids
 from lora_dpo.heads import causal_lm
+from lora_dpo.sharding import is_sharded
 from lora_dpo.showing import visible
 from lora_dpo.store import add_lines, lines_until
 
@@ -56,6 +57,7 @@ class SamplesCallback(TrainerCallback):
         self.tokens, self.moves, self.doing = tokens, moves, doing
         prompts = _with_room(policy, prompts_of(held_out, len(held_out)), tokens)
         self.prompts = prompts[:: max(len(prompts) // count, 1)][:count]
+        self.together = is_sharded(policy)  # every process runs the model, the first one writes
         self.step = -1  # of the newest samples
         self._reference: list[str] | None = None
         if not self.prompts:
@@ -69,7 +71,7 @@ class SamplesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         """Keep what the checkpoint of this step had seen."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or self.together:
             kept = lines_until(self.path, state.global_step)
             self.step = kept[-1]["step"] if kept else -1
 
@@ -77,7 +79,8 @@ class SamplesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         """Sample, once a step."""
-        if not state.is_world_process_zero or not self.prompts or state.global_step <= self.step:
+        first = state.is_world_process_zero
+        if not (first or self.together) or not self.prompts or state.global_step <= self.step:
             return
         self.step = state.global_step
         self.doing("sampling")
@@ -92,6 +95,8 @@ class SamplesCallback(TrainerCallback):
             reason = " ".join(str(error).split())[:200]
             logger.warning("no more samples (%s: %s)", type(error).__name__, reason)
             self.prompts = []
+            return
+        if not first:
             return
         prompts = self.tokenizer.batch_decode(self.prompts, skip_special_tokens=True)
         lines = [

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ MORE = [
     Case("last rows left out", "dpo", trainer=PLAIN, arguments={"dataloader_drop_last": True}),
     Case("workers", "dpo", trainer=PLAIN, arguments={"dataloader_num_workers": 1}),
 ]
+DEALT_OUT = [
+    replace(case, name=f"{case.name}, dealt out", sharded=True)
+    for case in [*EVERY, *MORE]
+    if case.name in {"dpo", "kto", "aot", "tdpo2", "orpo", "recomputed", "plain and recomputed"}
+    or case.name.startswith(("moves", "tokens", "coupled"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,8 @@ def both(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("every")
     one = alone([*EVERY, *MORE], tiny_model, pairs, folder / "one")
-    return one, together([*EVERY, *MORE], tiny_model, pairs, folder / "two"), folder
+    every = [*EVERY, *MORE, *DEALT_OUT]
+    return one, together(every, tiny_model, pairs, folder / "two"), folder
 
 
 @pytest.mark.parametrize("name", [case.name for case in [*EVERY, *MORE]])
@@ -59,6 +67,17 @@ def test_two_processes_train_what_one_trains(both: Any, name: str) -> None:
     _near(two[0][name], one[name], 1e-4)
     assert two[0][name]["held_out"] == one[name]["held_out"]
     _adapters_near(folder / "two" / f"{name}.safetensors", folder / "one" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("case", DEALT_OUT, ids=lambda case: case.name)
+def test_a_base_that_is_dealt_out_trains_the_same_to_the_last_bit(both: Any, case: Case) -> None:
+    _, two, folder = both
+    whole = case.name.removesuffix(", dealt out")
+    for result in two:
+        assert result[case.name].pop("dealt out")
+        assert {**result[case.name], "dealt out": {}} == result[whole]
+    ours, theirs = (folder / "two" / f"{name}.safetensors" for name in (case.name, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def _config(model: Path, pairs: list[dict[str, str]], folder: Path, rows: int) -> Path:
@@ -76,7 +95,6 @@ def _config(model: Path, pairs: list[dict[str, str]], folder: Path, rows: int) -
             "learning_rate": 0.05,
             "num_train_epochs": 2,
             "logging_steps": 1,
-            "use_cpu": True,
             "cache_reference": True,
             "reference_cache_dir": str(folder / f"reference-{rows}"),
         },
@@ -90,7 +108,7 @@ def _config(model: Path, pairs: list[dict[str, str]], folder: Path, rows: int) -
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "torchrun, dealt out"])
 def test_a_whole_run_of_two_processes_is_that_of_one_and_is_told_once(
     tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, launcher: str
 ) -> None:
@@ -99,6 +117,9 @@ def test_a_whole_run_of_two_processes_is_that_of_one_and_is_told_once(
     ddp = ["--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", str(free_port())]
     command = {
         "torchrun": torchrun("lora_dpo", "train", str(config)),
+        "torchrun, dealt out": torchrun(
+            "lora_dpo", "train", str(config), "--set", "train.shard_base=true"
+        ),
         "accelerate": [*ACCELERATE, *ddp, "-m", "lora_dpo", "train", str(config)],
     }[launcher]
     ended = called(command)
@@ -106,6 +127,7 @@ def test_a_whole_run_of_two_processes_is_that_of_one_and_is_told_once(
     assert ended.stdout.count("self-check: policy = reference") == 1
     assert ended.stdout.count("adapter and metrics are in") == 1
     assert "a step: 2 processes x 2 x 1 pairs" in ended.stdout
+    assert ("are in each of 2 processes" in ended.stdout) == (launcher == "torchrun, dealt out")
     folder = tmp_path / "run-2"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == len(run.history)

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_dpo.config import Config
 from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.policy import load_policy
 from lora_dpo.ranks import refuse_launch
+from lora_dpo.sharding import check_sharding
 from tests.processes.running import alone, together
 from tests.processes.worker import Case
 
@@ -59,6 +61,12 @@ def two(
         ),
         Case("failing store", "dpo", trainer=PLAIN, store=str(folder / "store-{rank}")),
         Case("terminated", "dpo", trainer=PLAIN, signal_at=2, store=str(folder / "store")),
+        Case("sharded", "dpo", SETTINGS, arguments=SAVED, sharded=True),
+        Case("sharded beta_dpo", "beta_dpo", {"rho": 0.5}, PLAIN, sharded=True),
+        Case(
+            "sharded, stored, resumed", "dpo", SETTINGS, PLAIN, SAVED, resume=of_two, sharded=True,
+            store=str(folder / "store"),
+        ),
     ]  # fmt: skip
     return together([*CASES, *more], tiny_model, pairs, folder / "two")
 
@@ -182,6 +190,61 @@ def test_the_reference_is_computed_once_between_the_processes(
     stored = list((folder / "store").rglob("*.logps"))
     assert sum(path.stat().st_size for path in stored) == 28 * 24
     assert len(stored) == 4
+
+
+@pytest.mark.parametrize("name", ["dpo", "beta_dpo"])
+def test_a_base_that_is_dealt_out_trains_the_same_to_the_last_bit(
+    two: list[dict[str, Any]], folder: Path, name: str
+) -> None:
+    """FSDP2 gathers the very bytes that it has dealt out; adapters, which are trained, are whole."""
+    sharded = "sharded" if name == "dpo" else f"sharded {name}"
+    for result in two:
+        parts = result[sharded].pop("dealt out")
+        assert parts and not any("lora_" in weight for weight in parts)
+        assert all(2 * here == everywhere for here, everywhere in parts.values())
+        assert not result[name]["dealt out"]
+        assert {**result[sharded], "dealt out": {}} == result[name]
+    ours, theirs = (load_file(folder / "two" / f"{case}.safetensors") for case in (sharded, name))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_a_checkpoint_of_whole_bases_is_resumed_with_one_dealt_out_and_its_stored_reference(
+    two: list[dict[str, Any]], folder: Path
+) -> None:
+    """The store knows the base by its bytes, whoever holds them."""
+    assert len(list((folder / "store").iterdir())) == 1
+    for result in two:
+        ours, theirs = (
+            [line for line in result[name]["logs"] if "loss" in line]
+            for name in ("sharded, stored, resumed", "dpo")
+        )
+        assert len(ours) == len(theirs) == 3
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "said"),
+    [
+        ({}, 1, "one process alone needs the whole base"),
+        ({"model.quantisation": "int8"}, 2, "8-bit layers"),
+        ({"model.embeddings_on_cpu": True}, 2, "leave one of the two out"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused_before_weights_load(
+    settings: dict[str, Any], count: int, said: str
+) -> None:
+    values: dict[str, Any] = {
+        "model": {"base": "none"},
+        "data": {"train": "none"},
+        "output": {"dir": "none"},
+        "train": {"shard_base": True},
+    }
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    with pytest.raises(ConfigError, match=said):
+        check_sharding(Config.parse(values), count)
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, TrainerCallback
 
 from lora_dpo import objectives
+from lora_dpo.arguments import build_arguments
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import LoraDpoError
 from lora_dpo.moving_reference import NEVER, ReferenceMoves
 from lora_dpo.policy import load_policy
 from lora_dpo.ranks import processes, rank
+from lora_dpo.sharding import shard_base
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
 
@@ -47,6 +50,7 @@ class Case:
         resume: checkpoint to go on from.
         store: folder of reference log-probs; ``{rank}`` stands for the number of the process.
         signal_at: step at which the last process gets a SIGTERM, and no other.
+        sharded: whether the base is dealt out among the processes.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Case:
     resume: str = ""
     store: str = ""
     signal_at: int = 0
+    sharded: bool = False
 
 
 class Terminated(TrainerCallback):
@@ -88,23 +93,28 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
     values = {
         "per_device_train_batch_size": ROWS_A_STEP // int(os.environ.get("WORLD_SIZE", 1)),
         "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "num_train_epochs": 2,
         "learning_rate": 0.01,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
         "optim": "sgd",  # adaptive ones divide by gradients, and blow up what is rounding
         "max_grad_norm": 1.0,
         "logging_steps": 2,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "seed": 5,
     }
     torch.manual_seed(11)
+    settings = {**values, **case.arguments}
+    arguments = build_arguments(settings, output_dir=str(folder), evaluates=False)
     policy = load_policy(model, lora=LoraConfig(rank=4))
     move_adapter(policy, std=0.02)
+    if case.sharded:
+        shard_base(policy)
     trainer = PreferenceTrainer(
         policy,
         objective=bound,
-        args=TrainingArguments(output_dir=str(folder), **{**values, **case.arguments}),
+        args=arguments,
         train_data=tokens(pairs[:9]),  # steps of 4, 4 and 1: one process has no row in the last
         eval_data=tokens(pairs[9:14]),  # batches of 2, 2 and 1
         reference_is="base",
@@ -124,6 +134,16 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
         "logs": [numbers(line) for line in trainer.state.log_history],
         "states": trainer.states,
         "processes": processes(),
+        "dealt out": _dealt_out(policy),
+    }
+
+
+def _dealt_out(policy: Any) -> dict[str, list[int]]:
+    """Return the bytes of each weight that FSDP has dealt out: here, and in all."""
+    return {
+        name: [weight.to_local().nbytes, weight.full_tensor().nbytes]
+        for name, weight in policy.named_parameters()
+        if isinstance(weight, DTensor)
     }
 
 
