@@ -18,8 +18,9 @@ import lora_dpo
 from lora_dpo.cli import app
 from lora_dpo.config import Config, LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
-from lora_dpo.engine import choose_engine, recompute_layers
+from lora_dpo.engine import choose_engine, lay_out, recompute_layers
 from lora_dpo.errors import ConfigError, TrainingError
+from lora_dpo.forward import both_logps
 from lora_dpo.planning import Batches, Lengths, Setting, card_of, largest_micro_batch, measure
 from lora_dpo.planning.measuring import run
 from lora_dpo.planning.plans import make_plan
@@ -174,9 +175,6 @@ def test_two_depths_give_the_bytes_of_any_depth_and_any_share_of_recomputed_laye
     choose_engine(policy, ROWS[:2], 300, "fast" if flat else "auto", chunk=64)
     if not flat:
         policy.get_base_model().config._attn_implementation = "sdpa"
-    from lora_dpo.engine import lay_out
-    from lora_dpo.forward import both_logps
-
     batch = lay_out(ROWS, flat=flat)
 
     def step() -> None:
@@ -189,6 +187,34 @@ def test_two_depths_give_the_bytes_of_any_depth_and_any_share_of_recomputed_laye
         step()
         policy.zero_grad(set_to_none=True)
         assert found.activations(recomputed) == pytest.approx(peak_allocated(step), rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [ROWS, [_row(500, 140, 140)] * 2], ids=["padded", "equal"])
+def test_the_plan_of_the_librarys_own_layers_knows_whether_rows_need_a_mask(
+    wide_model: Path, rows: list[dict[str, Any]]
+) -> None:
+    """The library builds no mask over rows of equal length; 640 x 640 x 4 bytes a sequence are seen."""
+    setting = Setting(
+        LlamaConfig(**WIDE),
+        peft_config(LORA),
+        dtype=torch.float32,
+        flat=False,
+        fast=False,
+        chunk=64,
+    )
+    found = measure(setting, rows, accumulates=False)
+    policy = load_policy(wide_model, lora=LORA).train()
+    choose_engine(policy, rows[:2], 640, "plain", chunk=64)
+    batch = lay_out(rows, flat=False)
+
+    def step() -> None:
+        policy.zero_grad(set_to_none=True)
+        ours, theirs = both_logps(policy, batch, chunk=64)
+        (ours - theirs).sum().backward()
+
+    step()
+    policy.zero_grad(set_to_none=True)
+    assert found.activations(0) == pytest.approx(peak_allocated(step), rel=0.1)
 
 
 def test_as_few_layers_are_recomputed_as_fit_and_more_room_never_means_more_bytes_than_room() -> (

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from lora_dpo.layers import Work
 
@@ -157,6 +157,24 @@ def imagining() -> Iterator[FakeTensorMode]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, about names of theirs
         yield mode
+
+
+@contextmanager
+def masks_as_of(*, no_padding: bool) -> Iterator[None]:
+    """Let the library leave a mask out where it would see that no token is padding.
+
+    It looks at the values of the padding mask, which imagined ones have not.
+    """
+    name = "_ignore_causal_mask_sdpa"
+    original = getattr(masking_utils, name, None)
+    if not no_padding or original is None:  # another version: the plan counts the mask
+        yield
+        return
+    setattr(masking_utils, name, lambda padding, *args, **kw: original(None, *args, **kw))
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)
 
 
 def use_stand_ins(work: Work | None) -> None:

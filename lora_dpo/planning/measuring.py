@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from lora_dpo.engine import lay_out
 from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.layers import NAME, take, work_of
-from lora_dpo.planning.imagined import Ledger, Linear4bit, imagined_policy, imagining, use_stand_ins
+from lora_dpo.planning.imagined import (
+    Ledger,
+    Linear4bit,
+    imagined_policy,
+    imagining,
+    masks_as_of,
+    use_stand_ins,
+)
 
 Row = Mapping[str, Any]
 DEPTHS = (2, 3)
@@ -205,8 +212,9 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
 
 def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) -> Found:
     """Run one forward and backward pass on an imagined model of so many layers."""
-    batch = lay_out(rows, flat=setting.flat)
-    with imagining():
+    batch: Any = lay_out(rows, flat=setting.flat)
+    no_padding = not setting.flat and bool(batch.attention_mask.all())
+    with imagining(), masks_as_of(no_padding=no_padding):
         policy = imagined_policy(
             of_depth(setting.architecture, depth),
             setting.lora,
