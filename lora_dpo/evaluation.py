@@ -5,6 +5,7 @@ Rows that share a prompt are not independent, so intervals are clustered by prom
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ from lora_dpo.showing import Told, bar
 from lora_dpo.stats import WITH_GRADIENT, AnyStats
 from lora_dpo.stepping import row_length
 
+logger = logging.getLogger("lora_dpo")
+
 Array = NDArray[np.float64]
+NAMED = 10  # rows in a sentence
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def evaluate_policy(
     stats = collect_stats(
         policy, data, objective, pad_id=pad_id, batch_size=batch_size, chunk=chunk
     )
+    tell_of_gaps(stats, data.rows)
     return evaluate_stats(stats, objective, data.rows["prompt_key"], states)
 
 
@@ -175,6 +180,29 @@ def evaluate_stats(
         losses = objective(exact, states)
     values = row_metrics(objective, exact, losses)
     return summarise({name: value.double().numpy() for name, value in values.items()}, prompts)
+
+
+def tell_of_gaps(stats: AnyStats, rows: Any) -> None:
+    """Warn of rows with a log-prob that is no finite number, by name: figures leave NaN out.
+
+    Args:
+        stats: of all rows.
+        rows: with file and row, in the same order.
+    """
+    logps = [value for name, value in stats.present().items() if name.endswith("logps")]
+    bad = (~torch.isfinite(torch.stack(logps))).any(0).nonzero().flatten().tolist()
+    if bad:
+        logger.warning(
+            "held out: %d of %d rows have a log-prob that is not a finite number, which figures leave out "
+            "or become: %s",
+            len(bad), len(stats), row_places([rows[place] for place in bad]),
+        )  # fmt: skip
+
+
+def row_places(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where rows stand, in words: file and line of the first ones."""
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(f"{row['file']}:{row['row']}" for row in rows[:NAMED]) + more
 
 
 def summarise(columns: Mapping[str, Array], prompts: Sequence[Any]) -> Evaluation:

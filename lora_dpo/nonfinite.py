@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_dpo.errors import TrainingError
+from lora_dpo.evaluation import row_places
 from lora_dpo.passes import Step
 
 logger = logging.getLogger("lora_dpo")
@@ -18,7 +19,7 @@ logger = logging.getLogger("lora_dpo")
 OnNonfinite = Literal["stop", "skip"]
 IN_A_ROW = 5  # steps left out one behind the other, before the run stops all the same
 SCALED_IN_A_ROW = 40  # halvings of a gradient scale of 2**16, behind which nothing is left of it
-NAMED, NOTED = 10, 20  # rows in a sentence, sentences in notes.jsonl
+NOTED = 20  # sentences in notes.jsonl
 
 Row = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ def _problem(model: nn.Module, rows: Sequence[Row], found: Step, scaled: bool) -
         what, *causes = [what for what, hits in bad.items() if bool(hits.any())]
         what = causes[0] if causes and what == "the loss" else what
         places = [row for row, hit in zip(rows, any_row.tolist(), strict=True) if hit]
-        return f"{what} is not a finite number; rows {_places(places)}"
+        return f"{what} is not a finite number; rows {row_places(places)}"
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scaled or not gradients:
         return ""
@@ -137,7 +138,7 @@ def _problem(model: nn.Module, rows: Sequence[Row], found: Step, scaled: bool) -
     return (
         ""
         if bool(torch.isfinite(norm))
-        else f"the gradient is not a finite number; rows {_places(rows)}"
+        else f"the gradient is not a finite number; rows {row_places(rows)}"
     )
 
 
@@ -146,8 +147,3 @@ def _in_words(name: str) -> str:
     who, *rest = name.removesuffix("_logps").split("_")
     side = f" of {' '.join(rest)}" if rest else ""
     return f"the log-prob{side} under the {who}"
-
-
-def _places(rows: Sequence[Row]) -> str:
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return ", ".join(f"{row['file']}:{row['row']}" for row in rows[:NAMED]) + more

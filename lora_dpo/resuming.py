@@ -117,8 +117,10 @@ class ResumableTrainer(WholeSteps):
         return output._replace(training_loss=self.window.loss_of_the_run)
 
     def _load_best_model(self) -> None:
-        check_best(Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint))
+        check_best(best)
         super()._load_best_model()
+        self.states = read_state(best)["objective"]  # what it remembered there
 
     def _check_resume(self, asked: str | bool) -> str:
         folder, facts = asked_checkpoint(self.folder, asked)

@@ -26,7 +26,7 @@ from lora_dpo.callbacks import (
 )
 from lora_dpo.engine import Engine, choose_engine, has_fast_layers, is_flat
 from lora_dpo.errors import DataError, TrainingError
-from lora_dpo.evaluation import evaluate_stats, rows_stats
+from lora_dpo.evaluation import evaluate_stats, rows_stats, tell_of_gaps
 from lora_dpo.heads import check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.memory import Memory
@@ -270,6 +270,7 @@ class PreferenceTrainer(ResumableTrainer):
     def _held_out_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(prediction.predictions)  # [rows, statistic]
         stats = stats_of(dict(zip(self._statistics, table.unbind(1), strict=True)))
+        tell_of_gaps(stats, self.eval_dataset)
         self.held_out_stats, keys = stats, prediction.label_ids
         self.last_evaluation = evaluate_stats(stats, self.objective, keys, self.states)
         return {name: estimate.mean for name, estimate in self.last_evaluation.estimates.items()}

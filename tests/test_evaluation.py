@@ -6,9 +6,26 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
-from lora_dpo.evaluation import accuracy_interval, mean_interval, summarise
+from lora_dpo.evaluation import accuracy_interval, mean_interval, summarise, tell_of_gaps
+from lora_dpo.stats import PairStats
+
+
+def test_rows_without_a_finite_log_prob_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    logps = torch.full((12,), -3.0)
+    found = PairStats(logps, logps.clone(), torch.ones(12), torch.ones(12))
+    rows = [{"file": "held.jsonl", "row": i + 1} for i in range(12)]
+    with caplog.at_level("WARNING", "lora_dpo"):
+        tell_of_gaps(found, rows)
+    assert not caplog.records
+    found.policy_rejected_logps[2], found.policy_rejected_logps[7] = math.nan, -math.inf
+    with caplog.at_level("WARNING", "lora_dpo"):
+        tell_of_gaps(found, rows)
+    (record,) = caplog.records
+    assert "2 of 12 rows" in record.message
+    assert record.message.endswith("held.jsonl:3, held.jsonl:8")
 
 
 def test_one_row_a_cluster_gives_the_ordinary_t_interval() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from lora_dpo import objectives
 from lora_dpo.callbacks import JsonlCallback
-from lora_dpo.checkpoints import latest_checkpoint, list_checkpoints
+from lora_dpo.checkpoints import STATE, latest_checkpoint, list_checkpoints
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.errors import DataError, OutputError, TrainingError
@@ -317,6 +317,30 @@ def test_a_damaged_best_checkpoint_is_told_and_the_last_step_kept(
         trainer.train()
     assert trainer.state.best_global_step < 8
     assert latest_checkpoint(tmp_path)[0].name == "checkpoint-8"
+
+
+def test_the_best_checkpoints_adapter_comes_with_what_its_objective_remembered(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """BCO's running mean moves in every step; a figure of the best adapter needs its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = tokenise(load_preferences(pairs, kind="unpaired"), tokenizer, max_length=128)
+    every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    best_of = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    settings = {**every, **best_of, "greater_is_better": True, "learning_rate": 3.0}  # an early one
+    trainer = PreferenceTrainer(
+        _policy(tiny_model),
+        objective="bco",
+        args=_arguments(tmp_path, **settings),
+        train_data=rows,
+        eval_data=rows,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    last = latest_checkpoint(tmp_path)[0]
+    kept, of_the_last = (json.loads((f / STATE).read_text())["objective"] for f in (best, last))
+    assert best != last and kept != of_the_last
+    assert trainer.states == kept
 
 
 def test_rotation_keeps_the_newest_and_the_best_and_no_pickle_of_arguments(
