@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from typing import Any
 
 import peft
@@ -172,8 +172,9 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
             are there while the last one runs.
     """
     small, large = DEPTHS
-    again = {depth: run(setting, rows, depth, recomputes=True) for depth in DEPTHS}
-    once = {depth: run(setting, rows, depth, recomputes=False) for depth in DEPTHS}
+    asked = _Asked(_told(setting, rows), setting, rows)
+    again = {depth: _run_once(asked, depth, recomputes=True) for depth in DEPTHS}
+    once = {depth: _run_once(asked, depth, recomputes=False) for depth in DEPTHS}
 
     def slope(name: str, found: dict[int, Found]) -> int:
         values = [getattr(found[depth], name) for depth in DEPTHS]
@@ -208,6 +209,35 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
         linears=at_depth("linears"),
         trained=at_depth("trained"),
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A setting and rows, equal to others by all that a run of them depends on."""
+
+    told: str
+    setting: Setting = field(compare=False)
+    rows: Sequence[Row] = field(compare=False)
+
+
+def _told(setting: Setting, rows: Sequence[Row]) -> str:
+    others = {f.name: repr(getattr(setting, f.name)) for f in fields(setting)}
+    others["architecture"] = setting.architecture.to_json_string(use_diff=False)
+    lora: Any = setting.lora
+    others |= {"lora": repr(lora.to_dict()), "attention": _attention(setting)}
+    # what is left to the sums, and to no run
+    for name in ("optimiser", "beside", "shards", "embeddings_on_cpu"):
+        del others[name]
+    return repr((others, [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]))
+
+
+def _attention(setting: Setting) -> str:
+    return str(setting.architecture._attn_implementation)
+
+
+@lru_cache(maxsize=16)  # a plan tries one setting with other batches, optimisers and room
+def _run_once(asked: _Asked, depth: int, *, recomputes: bool) -> Found:
+    return run(asked.setting, asked.rows, depth, recomputes=recomputes)
 
 
 def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) -> Found:
