@@ -210,3 +210,11 @@ def evaluated_at_its_end(folder: Path) -> bool:
     state = read_json(folder / "trainer_state.json")
     steps = [line["step"] for line in state["log_history"] if "eval_loss" in line]
     return bool(state["global_step"] == state["max_steps"] == (steps or [None])[-1])
+
+
+def lacks_its_epochs_evaluation(folder: Path) -> bool:
+    """Whether a checkpoint was written at the end of an epoch, and its log ends before the evaluation."""
+    state = read_json(folder / "trainer_state.json")
+    steps = [line["step"] for line in state["log_history"] if "eval_loss" in line]
+    ended = float(state["epoch"]).is_integer() and state["global_step"] < state["max_steps"]
+    return bool(ended and state["global_step"] != (steps or [None])[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from lora_dpo.callbacks import JsonlCallback, NothingLeftError
 from lora_dpo.checkpoints import (
@@ -18,6 +18,7 @@ from lora_dpo.checkpoints import (
     check_facts,
     check_first_rows,
     evaluated_at_its_end,
+    lacks_its_epochs_evaluation,
     new_checkpoint,
     read_state,
     rotate,
@@ -136,6 +137,8 @@ class ResumableTrainer(WholeSteps):
             self._logged_at = step_of(str(folder))
         if self._metrics is not None:
             self._metrics.resume(state["metrics"])
-        self.args.eval_on_start = False  # it was, when the run began
+        # it was, when the run began; an epoch's end is evaluated behind the checkpoint of its last step
+        at_epochs = self.args.eval_strategy == IntervalStrategy.EPOCH
+        self.args.eval_on_start = at_epochs and lacks_its_epochs_evaluation(folder)
         logger.info("resuming from %s", folder)
         return str(folder)

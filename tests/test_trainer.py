@@ -216,6 +216,27 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert ends[1] == pytest.approx(sum(losses) / len(losses))  # lines of as many rows each
 
 
+def test_a_kill_between_an_epochs_last_checkpoint_and_its_evaluation_loses_neither(
+    tiny_model: Path, rows: Tokenised, tmp_path: Path
+) -> None:
+    """Saved by steps, evaluated by epochs of 4: the library would go on with the next epoch."""
+
+    class Killed(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            raise ZeroDivisionError
+
+    how = {"save_steps": 4, "eval_strategy": "epoch", "eval_steps": None}
+    whole = _resumable(tiny_model, rows, tmp_path / "whole", **how)
+    whole.train()
+    with pytest.raises(ZeroDivisionError):
+        _resumable(tiny_model, rows, tmp_path / "broken", [Killed()], **how).train()
+    resumed = _resumable(tiny_model, rows, tmp_path / "broken", **how)
+    resumed.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in _logs(whole) if "eval_loss" in line] == [4, 8]
+    assert _logs(resumed) == _logs(whole)
+    assert torch.equal(_weights(resumed.model), _weights(whole.model))
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_a_run_that_is_resumed_behind_its_last_step_does_no_further_one(
     tiny_model: Path, rows: Tokenised, tmp_path: Path, best: bool
