@@ -41,6 +41,7 @@ PACKAGE = ROOT / "lora_dpo"
 TESTS: Mapping[str, tuple[str, ...]] = {
     "objectives": (
         "objectives/test_vectors.py",
+        "objectives/test_bound.py",
         "objectives/test_values.py",
         "objectives/test_contract.py",
         "objectives/test_planted.py",
