@@ -83,8 +83,7 @@ class Lengths:
     def of(cls, values: Sequence[int]) -> Lengths:
         """Measure a non-empty list of lengths."""
         ordered = sorted(values)
-        last = len(ordered) - 1
-        p50, p90, p99 = (ordered[min(last, -(-len(ordered) * q // 100) - 1)] for q in (50, 90, 99))
+        p50, p90, p99 = (ordered[-(-len(ordered) * q // 100) - 1] for q in (50, 90, 99))
         return cls(p50, p90, p99, ordered[-1])
 
 

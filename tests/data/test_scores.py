@@ -68,6 +68,7 @@ def test_a_score_is_a_finite_number(value: Any) -> None:
 def test_pairs_below_the_least_margin_are_dropped_and_counted() -> None:
     rows = [{**PAIR, "prompt": f"{i}?", "margin": i} for i in range(5)]
     rows.append({**PAIR, "prompt": "none?"})
+    assert len(load_preferences(rows, min_margin=0.5).rows) == 4
     loaded = load_preferences(rows, min_margin=2)
     assert [row.prompt for row in loaded.rows] == ["2?", "3?", "4?"]
     counts = {reason: entry.count for (_, reason), entry in loaded.report.entries.items()}
@@ -160,6 +161,8 @@ def unpaired(merging: Any, rows: list[tuple[str, str, bool]]) -> Any:
 
 def test_every_row_takes_the_completion_of_another_prompt(merging: Any) -> None:
     rows = [(f"Prompt {i // 3}:", f" answer {i}" * (1 + i % 4), i % 2 == 0) for i in range(12)]
+    # a long prompt with short answers: those of others are cut behind it
+    rows[:3] = [("Prompt" + " and on" * 9 + ":", f" {i}", i % 2 == 0) for i in range(3)]
     data = with_mismatched(unpaired(merging, rows))
     assert label_counts(data) == (6, 6)
     by_answer = {tuple(row["completion_ids"]): row["prompt_key"] for row in data.rows}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_dpo.data import load_preferences
 from lora_dpo.data.problems import DroppedRow
-from lora_dpo.data.transcripts import cut_common
+from lora_dpo.data.transcripts import ASSISTANT, HUMAN, cut_common, is_transcript
 from lora_dpo.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -180,6 +180,12 @@ def test_real_files_are_recognised_and_no_row_goes_missing(name: str) -> None:
     assert loaded.kind == REAL[name][0]
     # The row counts are those of the data's README.
     assert len(loaded) + loaded.report.dropped == loaded.report.read == REAL[name][1]
+
+
+def test_a_transcript_has_a_human_turn_and_an_assistants_behind_it() -> None:
+    assert is_transcript(f"{HUMAN} Hi{ASSISTANT} Ho") and is_transcript(f"x{HUMAN}{ASSISTANT}")
+    for text in ("", "Hi", f"{HUMAN} Hi", f"{ASSISTANT} Ho", f"{ASSISTANT} Ho{HUMAN} Hi"):
+        assert not is_transcript(text)
 
 
 def test_transcripts_read_as_messages_agree_with_the_text() -> None:
