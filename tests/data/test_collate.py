@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.data import Origin, collate_labelled, collate_pairs
+from lora_dpo.data.collating import flat_pairs, flat_tokens
 from lora_dpo.errors import DataError
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -75,3 +76,38 @@ def test_importing_the_room_loads_no_heavy_library() -> None:
     code = f"import sys, lora_dpo.data; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+_TOKENS = st.integers(1, 3)  # few, so that answers begin alike and prompts repeat
+_ANSWER = st.lists(_TOKENS, min_size=1, max_size=5)
+_PAIR = st.fixed_dictionaries(
+    {
+        "prompt_ids": st.lists(_TOKENS, min_size=1, max_size=2),
+        "chosen_ids": _ANSWER,
+        "rejected_ids": _ANSWER,
+        "file": st.just("f"),
+        "row": st.just(1),
+    }
+)
+
+
+@given(rows=st.lists(_PAIR, min_size=1, max_size=4))
+def test_every_answer_is_found_again_in_a_flat_batch_behind_its_own_prompt(rows: list[Any]) -> None:
+    """Each answer token is predicted where the token before it lies, at the place it has in its row."""
+    batch = flat_pairs(rows)
+    sides = [
+        (row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows
+    ]
+    assert batch.lengths.tolist() == [len(answer) for _, answer in sides]
+    assert batch.targets.tolist() == [token for _, answer in sides for token in answer]
+    before = [token for prompt, answer in sides for token in [prompt[-1], *answer[:-1]]]
+    assert batch.input_ids[0, batch.places].tolist() == before
+    places = [len(prompt) - 1 + i for prompt, answer in sides for i in range(len(answer))]
+    assert batch.position_ids[0, batch.places].tolist() == places
+    assert sum(trunk + sum(rest) for trunk, rest in batch.segments) == batch.input_ids.shape[1]
+
+
+@given(row=_PAIR)
+def test_the_tokens_of_a_flat_row_are_counted_before_it_is_laid_out(row: dict[str, Any]) -> None:
+    answers = list(dict.fromkeys(tuple(row[side]) for side in ("chosen_ids", "rejected_ids")))
+    assert flat_pairs([row]).input_ids.shape[1] == flat_tokens(row["prompt_ids"], answers)
