@@ -38,9 +38,6 @@ def train(
         from lora_dpo.config import Config
 
         checked = Config.load(config, set_ or [])
-        from lora_dpo import objectives
-
-        objectives.build(checked.objective.to_dict())  # a slip is told before the slow imports
         quiet_libraries()
         from lora_dpo.run import train as run_training
 

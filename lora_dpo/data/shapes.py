@@ -214,11 +214,11 @@ def _unknown_shape(table: Table, present: frozenset[str], kind: Kind | None) -> 
     hint = ""
     if missing:
         close = "".join(nearest(name, columns) for name in missing)
-        example = f"columns: {{{missing[0]}: {excerpt(columns[0], 40) if columns else '...'}}}"
-        hint = (
-            f"\nNearest is {', '.join(best)}: {listing(missing)} missing.{close} If it is here "
-            f"under another name, map it, as in {example}."
-        )
+        others = [name for name in columns if name not in best]
+        example = f"columns: {{{missing[0]}: {excerpt(others[0], 40) if others else '...'}}}"
+        way = f"If it is here under another name, map it, as in {example}."
+        hint = f"\nNearest is {', '.join(best)}: {listing(missing)} missing.{close} "
+        hint += way if others else "No column is left that could be it: it has to be in each row."
     if demonstrated := find_demonstrations(present):
         hint += (
             f"\nAs they are, {listing(demonstrated.columns)} can be fine-tuned on: lora-dpo sft, "

@@ -307,3 +307,10 @@ def test_tools_are_kept_as_a_list_or_as_json_text() -> None:
     assert load_preferences([{**row, "tools": ""}]).rows[0].tools is None
     with pytest.raises(DataError, match="<memory>:1: tools is text that is not JSON"):
         load_preferences([{**row, "tools": "add"}])
+
+
+def test_a_column_that_is_missing_is_looked_for_among_those_that_have_no_part() -> None:
+    with pytest.raises(DataError, match=r"map it, as in columns: \{rejected: worse\}"):
+        load_preferences([{"prompt": "p", "chosen": "a", "worse": "b"}])
+    with pytest.raises(DataError, match=r"'rejected' missing.* No column is left"):
+        load_preferences([{"prompt": "p", "chosen": "a"}])
