@@ -164,6 +164,7 @@ def test_every_example_runs_and_learns(name: str, monkeypatch: pytest.MonkeyPatc
         assert found > 0.6 if name == "own_objective" else found < 0.693
 
 
+@pytest.mark.slow
 def test_the_frontier_runs_in_small_and_says_where_it_cannot_draw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

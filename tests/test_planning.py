@@ -160,7 +160,7 @@ def _tensors(trainer: Any) -> list[torch.Tensor]:
     return list({t.untyped_storage()._cdata: t for t in tensors}.values())
 
 
-@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("flat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_depths_give_the_bytes_of_any_depth_and_any_share_of_recomputed_layers(
     wide_model: Path, flat: bool
 ) -> None:
@@ -366,7 +366,7 @@ class _Shortage:
         self.largest = max(self.largest, tokens)
 
 
-@pytest.mark.parametrize("token_budget", [None, 1500])
+@pytest.mark.parametrize("token_budget", [pytest.param(None, marks=pytest.mark.slow), 1500])
 def test_a_step_that_runs_out_of_memory_is_done_again_in_less_and_no_number_changes(
     wide_model: Path,
     tokens: Tokenised,
