@@ -24,7 +24,7 @@ from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
-from lora_dpo.reference_cache import known_reference
+from lora_dpo.reference_cache import known_reference, row_places
 from lora_dpo.showing import Told, bar
 from lora_dpo.stats import WITH_GRADIENT, AnyStats
 from lora_dpo.stepping import row_length
@@ -32,7 +32,6 @@ from lora_dpo.stepping import row_length
 logger = logging.getLogger("lora_dpo")
 
 Array = NDArray[np.float64]
-NAMED = 10  # rows in a sentence
 
 
 @dataclass(frozen=True)
@@ -197,12 +196,6 @@ def tell_of_gaps(stats: AnyStats, rows: Any) -> None:
             "or become: %s",
             len(bad), len(stats), row_places([rows[place] for place in bad]),
         )  # fmt: skip
-
-
-def row_places(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return where rows stand, in words: file and line of the first ones."""
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return ", ".join(f"{row['file']}:{row['row']}" for row in rows[:NAMED]) + more
 
 
 def summarise(columns: Mapping[str, Array], prompts: Sequence[Any]) -> Evaluation:

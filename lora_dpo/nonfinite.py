@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_dpo.errors import TrainingError
-from lora_dpo.evaluation import row_places
 from lora_dpo.passes import Step
+from lora_dpo.reference_cache import row_places
 
 logger = logging.getLogger("lora_dpo")
 

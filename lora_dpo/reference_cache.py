@@ -29,6 +29,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "demonstrations": ("reference_logps",),
 }
 
+NAMED = 10  # rows in a sentence
+
 
 def with_reference_logps(
     policy: nn.Module, data: Tokenised, *, batch_size: int = 8, chunk: int = CHUNK_TOKENS
@@ -104,14 +106,18 @@ def check_finite_reference(rows: Any, table: Tensor) -> None:
     bad = (~torch.isfinite(table)).any(1).nonzero().flatten().tolist()
     if not bad:
         return
-    places = [f"{rows[i]['file']}:{rows[i]['row']}" for i in bad[:10]]
-    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
     values = table[bad[0]]
     raise TrainingError(
-        f"{', '.join(places)}{more}: the log-prob of an answer under the reference is "
+        f"{row_places([rows[i] for i in bad])}: the log-prob of an answer under the reference is "
         f"{float(values[~torch.isfinite(values)][0])}, so no log-ratio exists. Nothing was trained. Remove "
         "these rows, or use model.compute_dtype: float32 if the base is sound in it."
     )
+
+
+def row_places(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where rows stand, in words: file and line of the first ones."""
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(f"{row['file']}:{row['row']}" for row in rows[:NAMED]) + more
 
 
 def has_known_reference(data: Tokenised) -> bool:

@@ -122,6 +122,8 @@ class ResumableTrainer(WholeSteps):
         check_best(best)
         super()._load_best_model()
         self.states = read_state(best)["objective"]  # what it remembered there
+        if self.moves:
+            read_reference(self.model, best)
 
     def _check_resume(self, asked: str | bool) -> str:
         folder, facts = asked_checkpoint(self.folder, asked)

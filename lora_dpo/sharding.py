@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -91,7 +91,7 @@ def shard_base(policy: nn.Module, device: torch.device | None = None) -> str:
     vars(policy)["_ddp_params_and_buffers_to_ignore"] = [
         name for name, p in policy.named_parameters() if isinstance(p, DTensor)
     ]
-    own = sum(local_bytes(p) for p in causal.parameters() if isinstance(p, DTensor))
+    own = sum(p.to_local().nbytes for p in causal.parameters() if isinstance(p, DTensor))
     return (
         f"base: {own / 2**20:,.1f} of {whole / 2**20:,.1f} MiB of its layers are in each of "
         f"{processes()} processes"
@@ -101,11 +101,6 @@ def shard_base(policy: nn.Module, device: torch.device | None = None) -> str:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the base of a model is dealt out: a forward pass then needs every process."""
     return any(isinstance(module, FSDPModule) for module in causal_lm(model).modules())
-
-
-def local_bytes(weight: Tensor) -> int:
-    """Return the bytes of a weight that are in this process."""
-    return int((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes)
 
 
 def _deal_out(part: nn.Module, weights: set[nn.Parameter], mesh: DeviceMesh) -> None:

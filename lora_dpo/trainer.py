@@ -38,7 +38,6 @@ from lora_dpo.passes import Passes, Step
 from lora_dpo.policy import (
     describe_reference,
     prepare_policy,
-    read_reference,
     unwrap,
 )
 from lora_dpo.randomness import forked
@@ -306,8 +305,6 @@ class PreferenceTrainer(ResumableTrainer):
             self._save_checkpoint(self.model, None)  # a save strategy can overrule the callback
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self.evaluated_at = self._logged_at = -1  # the last evaluation was of another model
-            if self.moves:
-                read_reference(self.model, Path(self.state.best_model_checkpoint))
         if self.stop.signal is not None and self.state.global_step < self.state.max_steps:
             raise TrainingError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is "

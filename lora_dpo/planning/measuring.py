@@ -224,15 +224,12 @@ def _told(setting: Setting, rows: Sequence[Row]) -> str:
     others = {f.name: repr(getattr(setting, f.name)) for f in fields(setting)}
     others["architecture"] = setting.architecture.to_json_string(use_diff=False)
     lora: Any = setting.lora
-    others |= {"lora": repr(lora.to_dict()), "attention": _attention(setting)}
+    others |= {"lora": repr(lora.to_dict())}
+    others |= {"attention": str(setting.architecture._attn_implementation)}
     # what is left to the sums, and to no run
     for name in ("optimiser", "beside", "shards", "embeddings_on_cpu"):
         del others[name]
     return repr((others, [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]))
-
-
-def _attention(setting: Setting) -> str:
-    return str(setting.architecture._attn_implementation)
 
 
 @lru_cache(maxsize=16)  # a plan tries one setting with other batches, optimisers and room

@@ -14,7 +14,11 @@ DEFAULTS = json.loads((Path(__file__).parent / "defaults.json").read_text())
 
 
 def test_every_default_is_the_one_that_was_decided() -> None:
-    """A changed default changes every run that relies on it: it belongs here and in the changelog."""
+    """A changed default changes every run that relies on it: it belongs here and in the changelog.
+
+    The table was written from the signatures: it shows a change, and is no evidence for a value. Where
+    each comes from stands on the objective's page.
+    """
     found = {
         name: {
             **{key: h.default for key, h in row.hyperparameters.items()},
