@@ -21,7 +21,7 @@ from transformers import TrainingArguments as Arguments
 
 from lora_dpo.ranks import largest, launched_as
 from lora_dpo.showing import Lines
-from lora_dpo.store import MANIFEST, json_line, sync, write_bytes
+from lora_dpo.store import MANIFEST, json_line, refuse_link, sync, whole_lines, write_bytes
 
 logger = logging.getLogger("lora_dpo")
 
@@ -69,17 +69,15 @@ class JsonlCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         mark, self._resumed = self._resumed, None
+        refuse_link(self.path)
         self._bytes, self._sha256 = 0, hashlib.sha256()
         if mark is not None and self._has_begun(mark):
             os.truncate(self.path, self._bytes)
             return
+        entries = list(state.log_history)
         if mark is not None and mark["bytes"]:
-            logger.warning(
-                "%s: is not what it was at step %d; written again from the last %d lines, which the "
-                "checkpoint holds",
-                self.path, state.global_step, len(state.log_history),
-            )  # fmt: skip
-        lines = "".join(json_line(entry) + "\n" for entry in state.log_history)
+            entries = self._mended(entries, state.global_step)
+        lines = "".join(json_line(entry) + "\n" for entry in entries)
         self._bytes, self._sha256 = 0, hashlib.sha256()
         write_bytes(self.path, self._counted(lines))
 
@@ -92,6 +90,28 @@ class JsonlCallback(TrainerCallback):
         if len(state.log_history) > self._most:
             state.log_history[:] = last_lines(state.log_history, self.KEPT)
             self._most = len(state.log_history) + self.KEPT // 4
+
+    def _mended(self, held: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """Return the lines up to a step of a file that is not what it was, which is kept beside.
+
+        What the checkpoint holds of them is its own; the older ones are the file's, as far as they can
+        be read.
+        """
+        first = {False: step + 1, True: step + 1}  # held of training, of evaluation
+        for entry in reversed(held):
+            first["eval_loss" in entry] = entry["step"]
+        older = [e for _, e in whole_lines(self.path) if e["step"] < first["eval_loss" in e]]
+        kept = self.path.with_name(f"{self.path.stem}.damaged{self.path.suffix}")
+        where = "it is gone"
+        if self.path.is_file():
+            os.replace(self.path, kept)
+            where = f"it is kept as {kept.name}"
+        logger.warning(
+            "%s: is not what it was at step %d; %s. Written again from the last %d lines, which the "
+            "checkpoint holds, and %d older ones that can be read there",
+            self.path, step, where, len(held), len(older),
+        )  # fmt: skip
+        return sorted([*older, *held], key=lambda entry: (entry["step"], "eval_loss" in entry))
 
     def _counted(self, text: str) -> bytes:
         content = text.encode()

@@ -118,24 +118,46 @@ def check_facts(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -
         )
 
 
-def rotate(run: Path, *, keep: int | None, best: str | None) -> None:
-    """Delete the oldest finished checkpoints beyond ``keep``, never the best nor the newest one.
-
-    Only once the newest has been read back; and what killed processes left of others.
+def check_weights(folder: Path, before: Any, now: str) -> None:
+    """Hold that a run goes on with the base and the frozen reference that it began with, to the byte.
 
     Args:
-        run: the folder of the run.
+        folder: of the checkpoint.
+        before: one hash of them, as the checkpoint has it.
+        now: that of those that are here.
+
+    Raises:
+        TrainingError: they are others.
+    """
+    if before != now:
+        raise TrainingError(
+            f"{folder}: the base, or the adapter that is the reference, is not the one that this run began "
+            "with (its weights' bytes differ): another model, or one quantised by another version of "
+            "bitsandbytes or on another kind of device. Resume with that one, or start afresh in another "
+            "output.dir."
+        )
+
+
+def rotate(new: Path, *, keep: int | None, best: str | None) -> None:
+    """Delete the oldest finished checkpoints beyond ``keep``, never the best nor the one just written.
+
+    Only once that has been read back; and what killed processes left of others. Those of later steps,
+    behind which the run was resumed, are left alone until it comes to them.
+
+    Args:
+        new: the one just written.
         keep: how many stay; None keeps all.
         best: the name, or the path, of the best one.
 
     Raises:
-        OutputError: the newest is not what was written to it.
+        OutputError: the new one is not what was written to it.
     """
-    folders = list_checkpoints(run)
+    run = new.parent
+    folders = [folder for folder in list_checkpoints(run) if _step(folder) <= _step(new)]
     surplus = len(folders) - (len(folders) if keep is None else keep)
     if surplus > 0:
-        read_manifest(folders[-1])
-    protected = {folders[-1].name if folders else "", Path(best or "").name}
+        read_manifest(new)
+    protected = {new.name, Path(best or "").name}
     for folder in [f for f in folders if f.name not in protected][: max(surplus, 0)]:
         (folder / MANIFEST).unlink()  # a half-deleted checkpoint must not look whole
         shutil.rmtree(folder)
@@ -159,7 +181,9 @@ def check_best(folder: Path) -> None:
 
 def _step(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
-    return int(match.group(1)) if match and folder.is_dir() else -1
+    # nothing is deleted through a link
+    own = match is not None and folder.is_dir() and not folder.is_symlink()
+    return int(match.group(1)) if match and own else -1
 
 
 def asked_checkpoint(run: Path, asked: str | bool) -> tuple[Path, dict[str, Any]]:
@@ -197,6 +221,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 _OF_A_STATE = {"window", "loss", "reference_logps", "objective", "metrics", "skipped_steps"}
+_OF_A_STATE |= {"micro_batch"}
 
 
 def progress_of(folder: Path) -> tuple[int, int]:

@@ -26,7 +26,8 @@ _FREE_KEYS = {
     "train.reference_cache_dir",
     "train.shard_base",
     "train.on_nonfinite",
-    # their product with the number of processes stands beside, as rows_a_step; no number depends on more
+    # their product with the number of processes stands beside, as rows_a_step; no more depends on them but
+    # what dropout draws, of which a resumed run tells
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "data.cache_dir",

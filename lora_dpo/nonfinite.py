@@ -38,6 +38,15 @@ class Steps:
         self._in_a_row = self._overflows = 0
         self._marked = False
 
+    def state(self) -> dict[str, int]:
+        """Return the counts, for a checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "overflows": self._overflows}
+
+    def resume(self, state: Mapping[str, int]) -> None:
+        """Count on from those of a checkpoint."""
+        self.skipped = state["skipped"]
+        self._in_a_row, self._overflows = state["in_a_row"], state["overflows"]
+
     def updates(self, trainer: Any, model: nn.Module, rows: Sequence[Row], found: Step) -> bool:
         """Return whether the gradients that are there are to be applied; if not, they are gone.
 
@@ -124,12 +133,14 @@ def _problem(model: nn.Module, rows: Sequence[Row], found: Step, scaled: bool) -
     logps = {name: v for name, v in found.stats.present().items() if name.endswith("logps")}
     looked_at = {"the loss": found.losses, **{_in_words(name): v for name, v in logps.items()}}
     bad = {what: ~torch.isfinite(values) for what, values in looked_at.items()}
-    any_row = torch.stack(list(bad.values())).any(0)
-    if bool(any_row.any()):
-        # a log-prob says more than the loss that it became; the first one is the policy's
+    if bool(torch.stack(list(bad.values())).any()):
+        # a log-prob says more than the loss, which those of other rows too may have spoilt
         what, *causes = [what for what, hits in bad.items() if bool(hits.any())]
-        what = causes[0] if causes and what == "the loss" else what
-        places = [row for row, hit in zip(rows, any_row.tolist(), strict=True) if hit]
+        if causes and what == "the loss":
+            del bad[what]
+            what = causes[0]  # the policy's
+        hits = torch.stack(list(bad.values())).any(0).tolist()
+        places = [row for row, hit in zip(rows, hits, strict=True) if hit]
         return f"{what} is not a finite number; rows {row_places(places)}"
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scaled or not gradients:

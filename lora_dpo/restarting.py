@@ -202,6 +202,12 @@ def storage_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_storage_fault(error):
-            raise not_written(folder, error, "What was saved is kept") from None
-        raise
+        if not is_storage_fault(error):
+            raise
+        name = getattr(error, "filename", None)
+        if isinstance(name, str) and folder.absolute() not in Path(name).absolute().parents:
+            raise OutputError(
+                f"{name}: cannot be used ({' '.join(str(error).split())[:200]}). What was saved in {folder} "
+                "is kept: mend that, and start again (train with --resume)."
+            ) from None
+        raise not_written(folder, error, "What was saved is kept") from None

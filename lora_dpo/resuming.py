@@ -17,6 +17,7 @@ from lora_dpo.checkpoints import (
     check_best,
     check_facts,
     check_first_rows,
+    check_weights,
     evaluated_at_its_end,
     lacks_its_epochs_evaluation,
     new_checkpoint,
@@ -26,7 +27,7 @@ from lora_dpo.checkpoints import (
 )
 from lora_dpo.metrics import Window
 from lora_dpo.nonfinite import Steps
-from lora_dpo.policy import read_reference, save_adapter, write_reference
+from lora_dpo.policy import read_reference, save_adapter, weights_identity, write_reference
 from lora_dpo.ranks import wait
 from lora_dpo.stepping import WholeSteps, step_of
 from lora_dpo.store import write_json
@@ -50,6 +51,8 @@ class ResumableTrainer(WholeSteps):
     _margins: Any
     _check_logps: Sequence[float]
     _metrics: JsonlCallback | None = None
+    _makes_up: bool = False  # for the evaluation at the end of an epoch, which a kill prevented
+    _weights: str | None = None  # of the base and a frozen reference, as one hash
     _logged_at: int = -1  # the step of an evaluation that a resumed run's log has
 
     @property
@@ -60,6 +63,11 @@ class ResumableTrainer(WholeSteps):
     @property
     def reference_in_words(self) -> str:
         """What the reference is."""
+        raise NotImplementedError
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro-batch."""
         raise NotImplementedError
 
     def _probe(self) -> Any:
@@ -73,18 +81,19 @@ class ResumableTrainer(WholeSteps):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
+        facts = self._all_facts()
         with new_checkpoint(folder, writes=self.args.should_save):
             wait()  # before another process writes its random state there
             super()._save_checkpoint(model, trial)
             wait()  # until all have
             if self.args.should_save:
-                self._seal(folder)
+                self._seal(folder, facts)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(folder.parent, keep=self.keep_checkpoints, best=best)
+            rotate(folder, keep=self.keep_checkpoints, best=best)
         wait()
 
-    def _seal(self, folder: Path) -> None:
+    def _seal(self, folder: Path, facts: dict[str, Any]) -> None:
         if self.moves:
             write_reference(self.model, folder)
             self._probe()  # its log-probs are others now
@@ -93,12 +102,19 @@ class ResumableTrainer(WholeSteps):
             "loss": self.window.sums_of_the_run(),
             "reference_logps": self._check_logps,
             "objective": self.states,
-            "skipped_steps": self.steps.skipped,
+            "skipped_steps": self.steps.state(),
+            "micro_batch": self.micro_batch,
             "metrics": self._metrics.mark() if self._metrics else None,
         }
         write_json(folder / STATE, state)
         self._margins.write()
-        seal_checkpoint(folder, {**self.facts, "reference": self.reference_in_words})
+        seal_checkpoint(folder, facts)
+
+    def _all_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint and who goes on from it must share; every process calls it."""
+        if self._weights is None:  # once: they are frozen
+            self._weights = weights_identity(self.model, with_reference=not self.moves)
+        return {**self.facts, "reference": self.reference_in_words, "weights": self._weights[:16]}
 
     def _train(self, checkpoint: str | None, **options: Any) -> TrainOutput:
         """Train with the library, and end a run that was killed behind its last step.
@@ -127,20 +143,43 @@ class ResumableTrainer(WholeSteps):
 
     def _check_resume(self, asked: str | bool) -> str:
         folder, facts = asked_checkpoint(self.folder, asked)
-        check_facts(folder, facts, {**self.facts, "reference": self.reference_in_words})
+        expected = self._all_facts()
+        check_weights(folder, facts.pop("weights", None), expected.pop("weights"))
+        check_facts(folder, facts, expected)
         state = read_state(folder)
         if self.moves:
             read_reference(self.model, folder)
         self._probe()
         check_first_rows(folder, state["reference_logps"], self._check_logps)
         self.window, self.states = Window.of(state["window"], state["loss"]), state["objective"]
-        self.steps.skipped = state["skipped_steps"]
+        self.steps.resume(state["skipped_steps"])
+        if state["micro_batch"] != self.micro_batch and _draws(self.model):
+            logger.warning(
+                "a micro-batch had %d rows and has %d now: dropout draws otherwise, so this run will not be "
+                "the one that goes on unbroken",
+                state["micro_batch"],
+                self.micro_batch,
+            )
         if evaluated_at_its_end(folder):
             self._logged_at = step_of(str(folder))
         if self._metrics is not None:
             self._metrics.resume(state["metrics"])
         # it was, when the run began; an epoch's end is evaluated behind the checkpoint of its last step
         at_epochs = self.args.eval_strategy == IntervalStrategy.EPOCH
-        self.args.eval_on_start = at_epochs and lacks_its_epochs_evaluation(folder)
+        self._makes_up = at_epochs and lacks_its_epochs_evaluation(folder)
+        self.args.eval_on_start = self._makes_up
         logger.info("resuming from %s", folder)
         return str(folder)
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate; what is made up for at a resume tells schedulers that look at it too."""
+        skip = skip_scheduler and not self._makes_up
+        found: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip)
+        return found
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether a dropout is at work."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())

@@ -63,7 +63,7 @@ from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
 from lora_dpo.sharding import check_sharding, is_sharded, shard_base
 from lora_dpo.stepping import fitted, rows_a_step, step_of
 from lora_dpo.store import new_folder, write_json, write_text
-from lora_dpo.surroundings import note_environment
+from lora_dpo.surroundings import as_it_began, check_sources, note_environment
 from lora_dpo.trainer import PreferenceTrainer
 from lora_dpo.watching import add_samples, plan_and_measurement
 
@@ -113,11 +113,14 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
     if resume and found.checkpoint is not None:
         here, there = rows_a_step(arguments), found.facts.get("rows_a_step")
         check_facts(found.checkpoint, {"rows_a_step": there}, {"rows_a_step": here})
-    base = check_base(config.model)
+    source = as_it_began(config, folder) if resume else config
+    base = check_base(source.model)
     check_context(config, base)
+    if resume:
+        check_sources(folder, source, base)
     with first_alone():  # the others find the tokens that it has stored
-        tokenizer = load_tokenizer(config)
-        data = prepare_data(config, tokenizer, objective.data)
+        tokenizer = load_tokenizer(source)
+        data = prepare_data(source, tokenizer, objective.data)
         train_rows, held_out = fitted(objective, data.train, data.held_out)
     data = replace(data, train=train_rows, held_out=held_out)
     for line in data.lines():
@@ -134,7 +137,7 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # an earlier run of this process had its own
         with agreed(), settings_of_the_library():
-            trainer = _build_trainer(config, objective, arguments, data)
+            trainer = _build_trainer(source, objective, arguments, data, checkpoint_facts(config))
             if resume and found.checkpoint is not None:
                 check_scaler(found.checkpoint, trainer.accelerator.scaler)
             add_samples(trainer, config.output, tokenizer, data.held_out)
@@ -155,7 +158,11 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
 
 
 def _build_trainer(
-    config: Config, objective: BoundObjective, arguments: Any, data: RunData
+    config: Config,
+    objective: BoundObjective,
+    arguments: Any,
+    data: RunData,
+    facts: dict[str, Any],
 ) -> PreferenceTrainer:
     model, sharded = config.model, config.train.shard_base
     settings = {k: v for k, v in model.model_dump().items() if k not in ("base", "adapter")}
@@ -184,7 +191,7 @@ def _build_trainer(
         reference_moves=reference_moves(config),
         reference_cache=reference_cache(config),
         on_nonfinite=config.train.on_nonfinite,
-        facts=checkpoint_facts(config),
+        facts=facts,
     )
     trainer.write_metrics_to(Path(config.output.dir) / "metrics.jsonl")
     return trainer

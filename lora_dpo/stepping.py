@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
@@ -266,6 +267,22 @@ def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def row_length(row: Mapping[str, Any]) -> int:
     """Tokens of the longest sequence of a row."""
     return len(row["prompt_ids"]) + max(map(len, _answers(row)))
+
+
+def longest_row(rows: Any) -> int:
+    """Return the tokens of the longest sequence of a data set's rows; none of them becomes a list.
+
+    Args:
+        rows: of a ``Tokenised``.
+    """
+    longest = 0
+    answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    for table in rows.with_format("arrow").iter(batch_size=4096):
+        prompts = pc.list_value_length(table["prompt_ids"])
+        for name in answers:
+            both = pc.max(pc.add(prompts, pc.list_value_length(table[name])))
+            longest = max(longest, both.as_py() or 0)
+    return longest
 
 
 def laid_tokens(row: Mapping[str, Any]) -> int:

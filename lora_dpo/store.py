@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from lora_dpo.errors import OutputError
+
+logger = logging.getLogger("lora_dpo")
 
 MANIFEST = "manifest.json"
 
@@ -157,6 +160,10 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
     A process that is killed leaves its last line torn: such lines are passed over.
     """
+    yield from ((line, entry) for line, entry in _lines(path) if entry is not None)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     if not path.is_file():
         return
     with path.open("rb") as source:
@@ -164,9 +171,9 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                yield line, entry
+                entry = None
+            whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+            yield line, entry if whole else None
 
 
 def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -191,12 +198,17 @@ def keep_lines_until(
     """
     if not path.is_file():
         return
+    damaged = 0
     with rewritten(path) as target:
-        for line, entry in whole_lines(path):
-            if entry["step"] <= step:
+        for line, entry in _lines(path):
+            if entry is None:
+                damaged += line.endswith(b"\n")  # a torn one has no end
+            elif entry["step"] <= step:
                 target.write(line.rstrip(b"\n") + b"\n")
                 if heard is not None:
                     heard(entry)
+    if damaged:
+        logger.warning("%s: %d lines that cannot be read are left out of it", path, damaged)
 
 
 def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
@@ -211,11 +223,19 @@ def json_line(entry: Any, default: Callable[[Any], Any] | None = None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # halves of characters
 
 
+def refuse_link(path: Path) -> None:
+    """Raise ``OutputError`` where a file that is written on is a link.
+
+    A folder from elsewhere may hold one to any file of this machine.
+    """
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a link, to which nothing is appended; put a file there.")
+
+
 def add_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Append to a file of JSON lines, in a folder that may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():  # a folder from elsewhere may hold one to any file of this machine
-        raise OutputError(f"{path}: is a link, to which nothing is appended; put a file there.")
+    refuse_link(path)
     with path.open("a", encoding="utf-8") as stream:
         for entry in entries:
             stream.write(json_line(entry) + "\n")

@@ -19,6 +19,7 @@ import torch
 
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
+from lora_dpo.errors import ModelError
 from lora_dpo.policy import adapter_folder
 from lora_dpo.run_folder import versions
 from lora_dpo.store import read_json, write_json
@@ -104,6 +105,35 @@ def fingerprints(place: str, config: Any = None) -> dict[str, str]:
         return {"commit": str(commit)} if commit else {}
     files = sorted({path for pattern in _READ for path in folder.glob(pattern) if path.is_file()})
     return {path.name: _digest(path) for path in files}
+
+
+def check_sources(run: Path, config: Config, base: Any) -> None:
+    """Hold that base and starting adapter are what a run began with: a path may lead to others by now.
+
+    Args:
+        run: its folder.
+        config: its own.
+        base: the base's config.
+
+    Raises:
+        ModelError: names the files.
+    """
+    recorded, now = environment_of(run), sources_of(config, base)
+    for name in ("base", "adapter"):
+        was, is_ = recorded.get(name) or {}, now.get(name) or {}
+        if was and (different := sorted(k for k in {**was, **is_} if was.get(k) != is_.get(k))):
+            place = config.model.base if name == "base" else config.model.adapter
+            raise ModelError(
+                f"model.{name} {str(place)!r}: is not what the run {run} was trained on "
+                f"({', '.join(different[:5])} differ). Bring the old files back."
+            )
+
+
+def as_it_began(config: Config, folder: Path) -> Config:
+    """Return a config with the commit of the hub that a run began with, where it names none."""
+    commit = (environment_of(folder).get("base") or {}).get("commit")
+    free = commit and config.model.revision is None
+    return config.replace("model.revision", commit) if free else config
 
 
 def surroundings() -> dict[str, Any]:

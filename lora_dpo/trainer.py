@@ -27,7 +27,7 @@ from lora_dpo.callbacks import (
 from lora_dpo.engine import Engine, choose_engine, has_fast_layers, is_flat
 from lora_dpo.errors import DataError, TrainingError
 from lora_dpo.evaluation import evaluate_stats, rows_stats, tell_of_gaps
-from lora_dpo.heads import check_head
+from lora_dpo.heads import base_dtype, check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.memory import Memory
 from lora_dpo.metrics import Window, peak_gib, row_metrics
@@ -61,9 +61,9 @@ from lora_dpo.stepping import (
     in_order,
     keep_rows,
     leave_checkpointing,
+    longest_row,
     one_batch_a_step,
     recomputes,
-    row_length,
     row_tokens,
     rows_a_step,
     step_of,
@@ -171,7 +171,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.label_names = []
         self.display = put_display(self)
         check_head(self.model)
-        longest = max(map(row_length, [*train.rows, *(held_out.rows if held_out else [])]))
+        longest = max(longest_row(data.rows) for data in (train, held_out) if data)
         how: Any = {"chunk": chunk_tokens, "recompute": recomputes(self.args)}
         how["with_reference"] = self.objective.reference
         self.engine = choose_engine(self.model, self._first_rows(), longest, engine, **how)
@@ -337,7 +337,8 @@ class PreferenceTrainer(ResumableTrainer):
         self.model.train(was_training)
         if stats.has_reference:
             self._check_logps = reference_logps(stats).tolist()
-            self._kept_lines = check_known_reference(rows, reference_logps(stats))
+            dtype, logps = base_dtype(self.model), reference_logps(stats)
+            self._kept_lines = check_known_reference(rows, logps, dtype)
         return stats
 
     # ---- logs --------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_every_yaml_is_loaded_validated_and_built_on_a_tiny_model(
     check_base(config.model)
     arguments = build_arguments(config.train.further, output_dir=str(tmp_path), evaluates=True)
     rows = prepare_data(config, load_tokenizer(config), objective.objective.data)
-    trainer = _build_trainer(config, objective, arguments, rows)
+    trainer = _build_trainer(config, objective, arguments, rows, {})
     expected = "loss 0.6931 = its start value" if objective.reference else "reads no reference"
     assert expected in trainer.self_check()[-1]
     asked = config.train.further

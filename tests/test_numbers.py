@@ -107,7 +107,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(broken_model: Path, tmp_path: P
     objective = bound_objective(config)
     arguments = build_arguments(config.train.further, output_dir=config.output.dir, evaluates=False)
     data = prepare_data(config, load_tokenizer(config), objective.data)
-    trainer = _build_trainer(config, objective, arguments, data)
+    trainer = _build_trainer(config, objective, arguments, data, {})
     trainer.add_callback(Look())
     trainer.train()
     unmoved = [step for same, step in seen if same]
@@ -215,6 +215,18 @@ def test_a_log_prob_without_a_number_counts_where_the_loss_hides_it() -> None:
         TrainingError, match=r"under the policy is not a finite number; rows f\.jsonl:7"
     ):
         Steps("stop").updates(_trainer(None), torch.nn.Linear(1, 1), ROWS, _step(0.0, -torch.inf))
+
+
+def test_a_row_that_spoils_the_losses_of_others_is_named_alone() -> None:
+    """Rows share a mean, a sort or a baseline: one without a number leaves many losses without one."""
+    logps = torch.full((16,), -1.0)
+    logps[13] = torch.nan
+    lengths, reference = torch.full((16,), 3), torch.full((16,), -1.0)
+    stats = PairStats(logps, logps, lengths, lengths, reference, reference)
+    losses = torch.full((16,), torch.nan)
+    rows = [{"file": "f.jsonl", "row": i} for i in range(16)]
+    with pytest.raises(TrainingError, match=r"is not a finite number; rows f\.jsonl:13\. "):
+        Steps("stop").updates(_trainer(None), torch.nn.Linear(1, 1), rows, Step(stats, losses))
 
 
 # ---- sizes ------------------------------------------------------------------------------------

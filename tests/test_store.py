@@ -15,6 +15,7 @@ from lora_dpo.errors import OutputError
 from lora_dpo.journal import open_journal
 from lora_dpo.store import (
     fingerprint,
+    lines_until,
     lock,
     new_folder,
     read_json,
@@ -194,6 +195,18 @@ def test_a_second_process_does_not_get_a_folder_that_is_held(tmp_path: Path) -> 
     assert "another process is writing here" in second.stderr
     third = subprocess.run(command, capture_output=True, text=True, check=True)
     assert third.stdout == "held\n"
+
+
+def test_a_line_that_is_damaged_is_told_and_a_torn_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "te')
+    assert lines_until(path, 3) == [{"step": 1}]
+    assert not caplog.records
+    path.write_bytes(b'{"step": 1}\n{"st\x05p": 2}\n{"step": 3}\n')
+    assert lines_until(path, 3) == [{"step": 1}, {"step": 3}]
+    assert "notes.jsonl: 1 lines that cannot be read are left out" in caplog.text
 
 
 def test_lines_that_a_killed_process_tore_are_passed_over(tmp_path: Path) -> None:

@@ -216,23 +216,32 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert ends[1] == pytest.approx(sum(losses) / len(losses))  # lines of as many rows each
 
 
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau", "greedy"])
 def test_a_kill_between_an_epochs_last_checkpoint_and_its_evaluation_loses_neither(
-    tiny_model: Path, rows: Tokenised, tmp_path: Path
+    tiny_model: Path, rows: Tokenised, tmp_path: Path, schedule: str
 ) -> None:
-    """Saved by steps, evaluated by epochs of 4: the library would go on with the next epoch."""
+    """Saved by steps, evaluated by epochs of 4: the library would go on with the next epoch.
+
+    Two of the schedules look at evaluations: they have all of them, each once.
+    """
 
     class Killed(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             raise ZeroDivisionError
 
-    how = {"save_steps": 4, "eval_strategy": "epoch", "eval_steps": None}
+    how: dict[str, Any] = {"save_steps": 4, "eval_strategy": "epoch", "eval_steps": None}
+    how |= {"num_train_epochs": 4, "lr_scheduler_type": schedule, "learning_rate": 0.3}
+    if schedule != "linear":
+        how["lr_scheduler_kwargs"] = {"patience": 0, "factor": 0.5, "threshold": 0.9}
     whole = _resumable(tiny_model, rows, tmp_path / "whole", **how)
     whole.train()
     with pytest.raises(ZeroDivisionError):
         _resumable(tiny_model, rows, tmp_path / "broken", [Killed()], **how).train()
     resumed = _resumable(tiny_model, rows, tmp_path / "broken", **how)
     resumed.train(resume_from_checkpoint=True)
-    assert [line["step"] for line in _logs(whole) if "eval_loss" in line] == [4, 8]
+    assert [line["step"] for line in _logs(whole) if "eval_loss" in line] == [4, 8, 12, 16]
+    rates = [line["learning_rate"] for line in _logs(whole) if "loss" in line]
+    assert len(set(rates)) > 1  # the schedule has done something
     assert _logs(resumed) == _logs(whole)
     assert torch.equal(_weights(resumed.model), _weights(whole.model))
 
@@ -297,7 +306,7 @@ def test_a_resume_from_another_reference_or_other_facts_is_refused(
     for parameter in moved.get_base_model().lm_head.parameters():
         parameter.data *= 1.05
     changed = PreferenceTrainer(moved, args=_arguments(tmp_path), train_data=rows)
-    with pytest.raises(TrainingError, match="the reference or the data is not the one"):
+    with pytest.raises(TrainingError, match="is not the one that this run began with"):
         changed.train(resume_from_checkpoint=True)
 
 

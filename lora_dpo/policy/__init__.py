@@ -28,7 +28,7 @@ from lora_dpo.policy.files import (
     check_base_files,
     check_config_files,
 )
-from lora_dpo.policy.identity import reference_identity
+from lora_dpo.policy.identity import reference_identity, weights_identity
 from lora_dpo.policy.moving import (
     MOVING_FILE,
     UPDATES,
@@ -95,6 +95,7 @@ __all__ = [
     "snapshot_reference",
     "stored_kind",
     "unwrap",
+    "weights_identity",
     "without_dropout",
     "write_reference",
 ]

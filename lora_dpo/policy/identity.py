@@ -47,6 +47,19 @@ def reference_identity(policy: nn.Module) -> dict[str, Any]:
     }
 
 
+def weights_identity(policy: nn.Module, *, with_reference: bool = True) -> str:
+    """Return one hash of the base's weights as they are held, and of a frozen reference adapter.
+
+    Args:
+        policy: whose they are; the adapter that is trained is no part of it.
+        with_reference: without it the base alone is told.
+    """
+    model = unwrap(policy)
+    base: Any = model.get_base_model()
+    reference = _adapter(model) if with_reference else ""
+    return fingerprint([_digest_of(dict(_base_tensors(base))), reference])
+
+
 def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the base under the names that they have without peft's wrappers."""
     if isinstance(module, AuxiliaryTrainingWrapper):

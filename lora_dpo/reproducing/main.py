@@ -13,7 +13,7 @@ import torch
 
 from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.config import Config
-from lora_dpo.errors import ConfigError, DataError, ModelError, OutputError
+from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.reproducing.measuring import (
@@ -27,7 +27,13 @@ from lora_dpo.reproducing.result import Reproduction
 from lora_dpo.run import train
 from lora_dpo.run_folder import Run, bound_objective
 from lora_dpo.stepping import fitted
-from lora_dpo.surroundings import differences, environment_of, sources_of, surroundings
+from lora_dpo.surroundings import (
+    as_it_began,
+    check_sources,
+    differences,
+    environment_of,
+    surroundings,
+)
 
 logger = logging.getLogger("lora_dpo")
 
@@ -60,8 +66,8 @@ def reproduce(
     recorded, ended = environment_of(run.folder), bool(run.results)
     history = run.history
     steps = _steps(run, history)
-    config = _config(run, target, recorded)
-    _check_sources(config, run, recorded)
+    config = _config(run, target)
+    _check_rows_and_sources(config, run, recorded)
     sessions = recorded.get("sessions") or []
     with _threads(sessions[-1].get("threads") if sessions else None):
         again = train(config, stop_after=steps)
@@ -110,13 +116,11 @@ def _steps(run: Run, history: list[dict[str, Any]]) -> int:
     return steps
 
 
-def _config(run: Run, target: Path, recorded: Mapping[str, Any]) -> Config:
+def _config(run: Run, target: Path) -> Config:
     """Return the run's config for another folder, from which nothing leaves and nothing goes back."""
     config = run.config.replace("output.dir", str(target.absolute()))
     config = config.replace("train.report_to", "none").replace("output.diagnose", False)
-    commit = (recorded.get("base") or {}).get("commit")
-    if commit and config.model.revision is None:
-        config = config.replace("model.revision", commit)
+    config = as_it_began(config, run.folder)
     if _inside(config.data.cache_dir, run.folder):
         config = config.replace("data.cache_dir", None)
     if _inside(config.train.reference_cache_dir, run.folder):
@@ -130,17 +134,9 @@ def _inside(place: str | None, folder: Path) -> bool:
     return place is not None and folder.resolve() in Path(place).resolve().parents
 
 
-def _check_sources(config: Config, run: Run, recorded: Mapping[str, Any]) -> None:
+def _check_rows_and_sources(config: Config, run: Run, recorded: Mapping[str, Any]) -> None:
     """Hold base, adapter and data against what was recorded, before any weight loads."""
-    now = sources_of(config, check_base(config.model))
-    for name in ("base", "adapter"):
-        was, is_ = recorded.get(name) or {}, now.get(name) or {}
-        if was and (different := sorted(k for k in {**was, **is_} if was.get(k) != is_.get(k))):
-            place = config.model.base if name == "base" else config.model.adapter
-            raise ModelError(
-                f"model.{name} {str(place)!r}: is not what the run {run.folder} was trained on "
-                f"({', '.join(different[:5])} differ). Bring the old files back."
-            )
+    check_sources(run.folder, config, check_base(config.model))
     objective = bound_objective(config)
     data = prepare_data(config, load_tokenizer(config), objective.data)
     rows = fitted(objective, data.train, data.held_out)
