@@ -117,8 +117,10 @@ class OneStep:
 
         import lora_dpo.forward
 
-        places = ((bitsandbytes.functional, "dequantize_4bit", "dequantisation"),)
-        places += ((lora_dpo.forward, "token_values", "head"),)
+        places = (
+            (bitsandbytes.functional, "dequantize_4bit", "dequantisation"),
+            (lora_dpo.forward, "token_values", "head"),
+        )
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
         for owner, name, part in places:
             setattr(owner, name, ranged(getattr(owner, name), part))

@@ -46,9 +46,9 @@ def ours(
     from lora_dpo.layers import decoder_layers
 
     policy = load_policy(model, lora=LoraConfig(rank=spec["rank"], alpha=2.0 * spec["rank"]))
-    known = {**TrainingArguments.__dataclass_fields__}
     taken = inspect.signature(PreferenceTrainer.__init__).parameters
-    refuse_unknown("--ours", spec["ours"], {*known, *taken}, "PreferenceTrainer")
+    known = {*TrainingArguments.__dataclass_fields__, *taken}
+    refuse_unknown("--ours", spec["ours"], known, "PreferenceTrainer")
     extra = {k: v for k, v in spec["ours"].items() if k in taken}
     settings = {k: v for k, v in spec["ours"].items() if k not in taken}
     if spec["mem_cap_gib"] and spec["device"] != "cpu":
@@ -218,12 +218,13 @@ def layout(trainer: Any) -> dict[str, Any]:
 
     causal = causal_lm(trainer.model)
     layers, work = decoder_layers(causal), work_of(causal)
-    fast = work is not None and bool(work.layers)
-    by_library = sum(layer.gradient_checkpointing for layer in layers)
+    recomputed, skips_last = sum(layer.gradient_checkpointing for layer in layers), False
+    if work is not None and work.layers:
+        recomputed, skips_last = min(work.recomputed, len(layers)), work.skips_last
     return {
         "layers": len(layers),
-        "recomputed_layers": min(work.recomputed, len(layers)) if fast else by_library,
-        "skips_last": fast and work.skips_last,
+        "recomputed_layers": recomputed,
+        "skips_last": skips_last,
         "shared_prompts": is_flat(trainer.model),
         "engine": getattr(trainer, "engine", "transformers and peft"),
     }

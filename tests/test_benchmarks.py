@@ -23,7 +23,7 @@ def test_the_comparison_with_trl_starts_both_at_ln_2(tmp_path: Path) -> None:
     words = "--tiny --layers 1 --steps 2 --warmup 1 --repeats 1 --accum 2 --prompt 8 --response 6"
     words += f" --jitter 0.5 --runs ours,trl --profile --name test --out {tmp_path}"
     done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=300
+        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "compare_trl_test.json").read_text())
@@ -59,7 +59,7 @@ def test_the_smallest_setting_and_a_stored_reference_run_and_say_what_they_took(
     words += " --response 6 --epochs 3 --runs ours+cached,ours+gc+all+8bit+cpuembed,trl+8bit+micro1"
     words += f" --trl precompute_ref_log_probs=true --name test --out {tmp_path}"
     done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=300
+        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "compare_trl_test.json").read_text())
@@ -89,7 +89,7 @@ def test_layers_that_a_budget_leaves_alone_are_not_counted_as_recomputed(
     words = "--tiny --layers 2 --steps 1 --warmup 0 --repeats 1 --accum 1 --prompt 8 --response 6"
     words += f" --runs ours+gc --ours memory_budget_gib={budget} --name test --out {tmp_path}"
     done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=300
+        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "compare_trl_test.json").read_text())
