@@ -4,11 +4,18 @@
     python benchmarks/compare_trl.py --preset llama3-8b --prompt 512 --response 512 --mem-cap-gib 24
 
 Every run has a process of its own, and the runs of a repeat alternate. A run is named ``side`` or
-``side+option+option``: ``gc`` (gradient checkpointing, either side); for TRL ``precompute``
-(reference log-probs in a pass before training, charged to the pairs), ``padding_free`` (accepted and
-switched off by TRL 1.16), ``liger``, and ``fp32`` (adapters kept in float32 as ours are, which TRL has
-no option for; on a CPU it can be the faster). Ratios are ours to TRL's best, at equal checkpointing
-and at the best of each; beside each stands the ceiling that the operations alone would allow.
+``side+option+option``. Options of both: ``gc`` (gradient checkpointing), ``8bit`` (AdamW of
+bitsandbytes with 8-bit state, an approximation), ``microN`` (N pairs a micro-batch, the same pairs a
+step). Of ours: ``all`` (with ``gc``: every layer recomputed, whatever would fit), ``cached`` (stored
+reference log-probs; the pass that fills the store is charged to the pairs, over ``--epochs``),
+``cpuembed`` (input embeddings on the CPU). Of TRL: ``precompute`` (the same as ``cached``),
+``offload`` (its activation offloading), ``padding_free`` (accepted and switched off by TRL 1.16),
+``liger``, and ``fp32`` (adapters kept in float32 as ours are, which TRL has no option for; on a CPU
+it can be the faster). ``--trl key=value`` sets any other field of its ``DPOConfig``. Ratios are ours
+to TRL's best: at equal recomputation, as the runs report it, without ``8bit`` and ``cpuembed``; and at
+the best of each. Beside each stands the ceiling that the operations alone would allow.
+
+``--profile`` adds one profiled step of every run, summed into parts.
 
     python benchmarks/compare_trl.py --longest --preset llama3-8b --mem-cap-gib 12
 
@@ -21,27 +28,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import floors
+import profiling
 import shapes
+import telling
 
 HERE = Path(__file__).resolve().parent
-OPTIONS = {"ours": {"gc"}, "trl": {"gc", "precompute", "padding_free", "liger", "fp32"}}
-RUNS = "ours,trl,trl+precompute,trl+fp32,ours+gc,trl+gc,trl+gc+fp32"
+OPTIONS = {
+    "ours": {"gc", "8bit", "all", "cached", "cpuembed"},
+    "trl": {"gc", "8bit", "precompute", "offload", "padding_free", "liger", "fp32"},
+}
+MICRO = re.compile(r"micro([1-9]\d*)")
+RUNS = "ours,trl,trl+precompute,trl+fp32,ours+gc,ours+gc+all,trl+gc,trl+gc+fp32"
+RUNS += ",ours+gc+all+8bit+cpuembed,trl+gc+8bit"
 TINY_RUNS = "ours,trl,trl+fp32,trl+precompute+fp32"
 TOKENIZER = HERE.parent / "lora_dpo" / "quickstart" / "model"
-LIBRARIES = ("lora-dpo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -60,12 +72,16 @@ def run_names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         side, *options = name.split("+")
-        if side not in OPTIONS or (unknown := set(options) - OPTIONS[side]):
+        named = {option for option in options if not MICRO.fullmatch(option)}
+        if side not in OPTIONS or (unknown := named - OPTIONS[side]):
             detail = f"no option {sorted(unknown)}" if side in OPTIONS else f"no side {side!r}"
             raise argparse.ArgumentTypeError(
                 f"{name!r}: {detail}; sides and their options are "
                 + "; ".join(f"{key}: {', '.join(sorted(OPTIONS[key]))}" for key in OPTIONS)
+                + "; both: microN"
             )
+        if "all" in options and "gc" not in options:
+            raise argparse.ArgumentTypeError(f"{name!r}: all goes with gc.")
     return names
 
 
@@ -93,12 +109,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=5, help="timed steps")
     add("--warmup", type=int, default=1, help="steps before them")
     add("--repeats", type=int, default=2)
-    add("--epochs", type=int, default=1, help="epochs that share the cost of TRL's reference pass")
+    add("--epochs", type=int, default=1, help="epochs that share the cost of a reference pass")
     add("--rank", type=int, default=16)
     add("--beta", type=float, default=0.1)
     add("--learning-rate", type=float, default=1e-5)
     add("--runs", type=run_names, help=f"default {RUNS}; with --tiny {TINY_RUNS}")
     add("--ours", type=key_value, action="append", default=[], metavar="KEY=VALUE")
+    add("--trl", type=key_value, action="append", default=[], metavar="KEY=VALUE")
+    add("--profile", action="store_true", help="and one profiled step of each run, by part")
     add("--device", choices=("cpu", "cuda"))
     add("--mem-cap-gib", type=float, help="cap of torch's CUDA allocator: a smaller card")
     add("--longest", action="store_true", help="search the longest pair under --mem-cap-gib")
@@ -125,7 +143,22 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--mem-cap-gib caps CUDA's allocator; leave it out on a CPU.")
     if args.longest and (not args.mem_cap_gib or args.data):
         parser.error("--longest: give --mem-cap-gib, and lengths in place of --data.")
+    for name in args.runs:
+        if "offload" in name.split("+") and args.device == "cpu":
+            parser.error(f"{name}: TRL's activation offloading needs a GPU.")
+        micro, _ = batches(args, name)
+        if args.micro * args.accum % micro:
+            parser.error(
+                f"{name}: {micro} pairs do not divide the {args.micro * args.accum} of a step."
+            )
     return args
+
+
+def batches(args: argparse.Namespace, name: str) -> tuple[int, int]:
+    """Return the pairs of a micro-batch of a run, and its micro-batches a step."""
+    found = [int(m[1]) for option in name.split("+") if (m := MICRO.fullmatch(option))]
+    micro = found[-1] if found else args.micro
+    return micro, args.micro * args.accum // micro
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -152,13 +185,17 @@ def write_pairs(args: argparse.Namespace, file: Path) -> list[dict[str, list[int
     return pairs
 
 
-def one_run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+def one_run(
+    args: argparse.Namespace, name: str, folder: Path, profile: bool = False
+) -> dict[str, Any]:
     """Run one side in a fresh process."""
     side, *variant = name.split("+")
-    keys = ("preset", "model", "layers", "micro", "accum", "steps", "warmup", "epochs", "rank")
+    keys = ("preset", "model", "layers", "steps", "warmup", "epochs", "rank")
     keys += ("beta", "learning_rate", "device", "mem_cap_gib", "seed")
     spec = {key: getattr(args, key) for key in keys}
-    spec.update(side=side, variant=variant, ours=dict(args.ours))
+    spec["micro"], spec["accum"] = batches(args, name)
+    spec.update(side=side, variant=variant, ours=dict(args.ours), trl=dict(args.trl))
+    spec["profile"] = profile
     spec["pairs_file"] = str(folder / "pairs.jsonl")
     asked, answer = folder / "spec.json", folder / "result.json"
     asked.write_text(json.dumps(spec), encoding="utf-8")
@@ -224,6 +261,8 @@ def longest(
 
 def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Search with every run; a pair a micro-batch, and a micro-batch a step."""
+    if any(MICRO.search(name) for name in args.runs):
+        raise SystemExit("--longest: one pair a micro-batch; leave microN out.")
     args.micro = args.accum = args.steps = args.warmup = 1
     asked = args.prompt, args.response
     found = {}
@@ -234,129 +273,20 @@ def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return found
 
 
-# ---- summary -------------------------------------------------------------------------------------
-
-MEASURES = ("pairs_per_s", "cpu_s_per_pair", "tokens_per_s")
+# ---- all together --------------------------------------------------------------------------------
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def summarise(runs: list[dict[str, Any]], work: dict[str, float] | None = None) -> dict[str, Any]:
-    """Return each run's medians over the repeats, and the ratios.
-
-    Args:
-        runs: of all repeats.
-        work: floating-point operations a pair, by name of run.
-    """
-    table: dict[str, Any] = {}
-    for name in dict.fromkeys(run["run"] for run in runs):
-        good = [run for run in runs if run["run"] == name and "error" not in run]
-        if not good:
-            errors = [run["error"] for run in runs if run["run"] == name]
-            table[name] = {"error": errors[0]}
-            continue
-        row: dict[str, Any] = {key: _spread([run[key] for run in good]) for key in MEASURES}
-        row["step_s"] = {
-            "median": statistics.median(run["step_s"]["median"] for run in good),
-            "min": min(run["step_s"]["min"] for run in good),
-            "max": max(run["step_s"]["max"] for run in good),
-        }
-        row["peak_gib"] = _spread([run["memory_gib"]["peak"] for run in good])
-        row["first_loss"] = good[0]["first_loss"]
-        row["tflop_per_pair"] = (work or {}).get(name, 0.0) / 1e12
-        row["repeats"] = len(good)
-        row["failed"] = sum(run["run"] == name for run in runs) - len(good)
-        table[name] = row
-    groups = {
-        "no checkpointing": {n: r for n, r in table.items() if "gc" not in n.split("+")},
-        "checkpointing": {n: r for n, r in table.items() if "gc" in n.split("+")},
-        "best of each": table,
-    }
-    return {"runs": table, "ours_to_trl": {key: ratios(rows) for key, rows in groups.items()}}
-
-
-def ratios(rows: dict[str, Any]) -> dict[str, Any] | None:
-    """Return ours to TRL's best, each measure against TRL's best in that very measure."""
-    good = {name: row for name, row in rows.items() if "error" not in row}
-    sides = {side: [n for n in good if n.split("+")[0] == side] for side in ("ours", "trl")}
-    if not all(sides.values()):
-        return None
-    found: dict[str, Any] = {}
-    for key in ("pairs_per_s", "cpu_s_per_pair", "peak_gib"):
-        best = max if key == "pairs_per_s" else min
-
-        def median(name: str, key: str = key) -> float:
-            return float(good[name][key]["median"])
-
-        mine, rival = (best(sides[side], key=median) for side in ("ours", "trl"))
-        ratio = median(mine) / median(rival) if median(rival) > 0 else None
-        found[key] = {"ours": mine, "trl": rival, "ratio": ratio and round(ratio, 3)}
-    mine, rival = (found["pairs_per_s"][side] for side in ("ours", "trl"))
-    if done := good[mine]["tflop_per_pair"]:
-        found["pairs_per_s"]["ceiling"] = round(good[rival]["tflop_per_pair"] / done, 3)
+def operations(
+    args: argparse.Namespace, pairs: list[dict[str, list[int]]], runs: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Return the floating-point operations of a mean pair in every run, by what it reports it did."""
+    config, groups = model_config(args), floors.groups_of(pairs)
+    found = {}
+    for run in runs:
+        if "error" not in run:
+            way = floors.Way.measured(run, run["run"], args.epochs, args.rank)
+            found[run["run"]] = floors.flop(config, groups, way) / len(pairs)
     return found
-
-
-def operations(args: argparse.Namespace, pairs: list[dict[str, list[int]]]) -> dict[str, float]:
-    """Return the floating-point operations of a mean pair in every run."""
-    config = model_config(args)
-    options = {"rank": args.rank, "epochs": args.epochs}
-    return {
-        name: shapes.flop(config, pairs, side, variant, **options) / len(pairs)
-        for name in args.runs
-        for side, *variant in [name.split("+")]
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        model = next(
-            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
-        )
-    found = {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-    if device == "cuda":
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def show(summary: dict[str, Any]) -> None:
-    """Print the summary as a table."""
-    print(
-        f"\n{'run':24s} {'pairs/s':>9s} {'CPU s/pair':>10s} {'tokens/s':>9s} {'peak GiB':>9s}  loss"
-    )
-    for name, row in summary["runs"].items():
-        if "error" in row:
-            print(f"{name:24s} {row['error'][:90]}")
-            continue
-        middle = [row[key]["median"] for key in (*MEASURES, "peak_gib")]
-        print("{:24s} {:9.3f} {:10.4f} {:9.0f} {:9.3f}".format(name, *middle), end="  ")
-        print(f"{row['first_loss']:.4f}")
-    for key, found in summary["ours_to_trl"].items():
-        if found:
-            parts = [
-                f"{k} {v['ratio']} ({v['ours']} / {v['trl']}"
-                + (f"; operations alone {v['ceiling']})" if "ceiling" in v else ")")
-                for k, v in found.items()
-            ]
-            print(f"ours/TRL, {key}: " + ", ".join(parts))
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -366,7 +296,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         kept[key] = Path(kept[key]).name if kept[key] else None
     if args.data and not args.tokenizer and not args.model:
         kept["tokenizer"] = "the bundled quickstart model's"
-    kept["ours"] = dict(args.ours)
+    kept["ours"], kept["trl"] = dict(args.ours), dict(args.trl)
     return kept
 
 
@@ -384,8 +314,8 @@ def main(words: list[str] | None = None) -> int:
     runs: list[dict[str, Any]] = []
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": machine(args.device),
-        "versions": versions(),
+        "machine": telling.machine(args.device),
+        "versions": telling.versions(),
         "settings": settings_of(args),
     }
     if args.longest:
@@ -400,16 +330,23 @@ def main(words: list[str] | None = None) -> int:
             for run in args.runs:
                 runs.append({"run": run, "repeat": repeat, **one_run(args, run, Path(folder))})
                 print(json.dumps(runs[-1]), flush=True)
+        profiles = {}
+        for run in args.runs if args.profile else ():
+            profiles[run] = one_run(args, run, Path(folder), profile=True)
+            print(json.dumps({"run": run, **profiles[run]}), flush=True)
     lengths = [shapes.usual_tokens(pair) for pair in pairs]
     report = {
         **facts,
-        "pairs": {"count": len(pairs), "usual_tokens": _spread(lengths)},
-        "summary": summarise(runs, operations(args, pairs)),
+        "pairs": {"count": len(pairs), "usual_tokens": telling.spread(lengths)},
+        "summary": telling.summarise(runs, operations(args, pairs, runs)),
         "runs": runs,
     }
-    show(report["summary"])
+    telling.show(report["summary"])
+    if args.profile:
+        report["profiles"] = profiles
+        profiling.show(profiles)
     write(out / f"compare_trl_{name}.json", report)
-    return 1 if any("error" in run for run in runs) else 0
+    return 1 if any("error" in run for run in [*runs, *profiles.values()]) else 0
 
 
 def write(file: Path, report: dict[str, Any]) -> int:

@@ -6,7 +6,6 @@ python benchmarks/one_run.py SPEC.json RESULT.json
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import resource
 import statistics
@@ -14,12 +13,15 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import profiling
 import shapes
+import sides
 
 GIB = 1024**3
 
@@ -48,7 +50,7 @@ class Meter:
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.resets = True
-        self._last = (0.0, 0.0)
+        self.began = self._last = (0.0, 0.0)
 
     def now(self) -> tuple[float, float]:
         """Return wall and CPU seconds, when all work of the device is done."""
@@ -76,7 +78,7 @@ class Meter:
 
     def begin(self) -> None:
         """Start the first step."""
-        self._last = self.now()
+        self.began = self._last = self.now()
 
     def step(self) -> None:
         """Count a step."""
@@ -117,147 +119,6 @@ def timer(meter: Meter) -> Any:
     return Timer()
 
 
-def common(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return the training arguments that both sides get."""
-    return {
-        "output_dir": folder,
-        "per_device_train_batch_size": spec["micro"],
-        "gradient_accumulation_steps": spec["accum"],
-        "max_steps": spec["warmup"] + spec["steps"],
-        "learning_rate": spec["learning_rate"],
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "max_grad_norm": 1.0,
-        "train_sampling_strategy": "sequential",
-        "gradient_checkpointing": "gc" in spec["variant"],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": spec["device"] == "cpu",
-        "seed": spec["seed"],
-    }
-
-
-def ours(spec: dict[str, Any], model: Any, pairs: Any, meter: Meter, folder: str) -> Any:
-    """Train with ``PreferenceTrainer``."""
-    from datasets import Dataset
-    from transformers import TrainingArguments
-
-    from lora_dpo import PreferenceTrainer, load_policy, objectives
-    from lora_dpo.config import LoraConfig
-    from lora_dpo.data.lengths import Measure
-    from lora_dpo.data.report import DataReport
-    from lora_dpo.data.tokenising import Tokenised
-
-    policy = load_policy(model, lora=LoraConfig(rank=spec["rank"], alpha=2.0 * spec["rank"]))
-    measure = Measure(("chosen", "rejected"))
-    for pair in pairs:
-        lengths = [len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
-        measure.before.append(lengths[0] + max(lengths[1:]))
-        measure.prompts.append(lengths[0])
-        measure.answers.append(tuple(lengths[1:]))
-    place = [{"prompt_key": str(i), "file": "benchmark", "row": i} for i in range(len(pairs))]
-    rows = Dataset.from_list([{**pair, **at} for pair, at in zip(pairs, place, strict=True)])
-    report = DataReport("tokenising", read=len(pairs))
-    data = Tokenised("paired", rows, report, measure.summary())
-    taken = inspect.signature(PreferenceTrainer.__init__).parameters
-    fields = TrainingArguments.__dataclass_fields__
-    for key in spec["ours"]:
-        if key not in taken and key not in fields:
-            raise SystemExit(
-                f"--ours {key}: neither PreferenceTrainer nor TrainingArguments takes it; look at "
-                "the signature of PreferenceTrainer in this version."
-            )
-    extra = {k: v for k, v in spec["ours"].items() if k in taken}
-    settings = {k: v for k, v in spec["ours"].items() if k not in taken}
-    if spec["mem_cap_gib"] and spec["device"] != "cpu":
-        # the cap is torch's own: the card's free memory, which the planner reads, does not know it
-        extra.setdefault("memory_budget_gib", spec["mem_cap_gib"] - 0.3)
-    return PreferenceTrainer(
-        policy,
-        objective=objectives.get("dpo").bind(beta=spec["beta"]),
-        args=TrainingArguments(**{**common(spec, folder), **settings}),
-        train_data=data,
-        callbacks=[timer(meter)],
-        **extra,
-    )
-
-
-def theirs(spec: dict[str, Any], model: Any, pairs: Any, meter: Meter, folder: str) -> Any:
-    """Train with TRL's ``DPOTrainer``; of it only the tokenising is replaced, by the given ids."""
-    import torch
-    import trl
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    variant = spec["variant"]
-
-    class FromIds(trl.DPOTrainer):
-        reference_pass = (0.0, 0.0)
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-            began = meter.now()
-            found = super()._precompute_ref_logps(*args, **kwargs)
-            ended = meter.now()
-            self.reference_pass = (ended[0] - began[0], ended[1] - began[1])
-            return found
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<s>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    trainer = FromIds(
-        model=model,
-        args=trl.DPOConfig(
-            **common(spec, folder),
-            beta=spec["beta"],
-            bf16=spec["device"] != "cpu",
-            max_length=None,
-            precompute_ref_log_probs="precompute" in variant,
-            padding_free="padding_free" in variant,
-            use_liger_kernel="liger" in variant,
-        ),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=spec["rank"],
-            lora_alpha=2 * spec["rank"],
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[timer(meter)],
-    )
-    if "fp32" in variant:  # TRL casts QLoRA adapters to bfloat16, which is slow on many CPUs
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.float32)
-    return trainer
-
-
-def build(spec: dict[str, Any], device: Any) -> Any:
-    """Return the model, the same on both sides."""
-    import torch
-
-    from lora_dpo.policy.bases import guard_cpu_kernels
-
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if spec["model"]:
-        model = shapes.load_folder(spec["model"], device, dtype)
-    else:
-        config = shapes.preset_config(spec["preset"], spec["layers"])
-        model = shapes.build_nf4(config, device, dtype, spec["seed"])
-    model.config.use_cache = False
-    guard_cpu_kernels(model)  # else gradients on CPUs with AVX512-BF16 are wrong, on either side
-    return model
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Return median, least and greatest."""
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -282,22 +143,38 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(spec["seed"])
     pairs = shapes.read_pairs(Path(spec["pairs_file"]))
     meter = Meter(device)
-    model = build(spec, device)
+    model = sides.build(spec, device)
     meter.built()
     began = meter.now()
     with tempfile.TemporaryDirectory() as folder:
-        side = ours if spec["side"] == "ours" else theirs
-        trainer = side(spec, model, pairs, meter, folder)
-        init = meter.now()[0] - began[0]
-        trainer.train()
+        side = sides.ours if spec["side"] == "ours" else sides.theirs
+        watch = profiling.OneStep(meter, spec["warmup"], spec["rank"]) if spec["profile"] else None
+        callbacks = [timer(meter)] if watch is None else [watch.callback()]
+        trainer = side(spec, model, pairs, meter, callbacks, folder)
+        ready = meter.now()
+        with watch.annotated() if watch else nullcontext():
+            trainer.train()
     log = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    facts = {"first_loss": log[0], "layout": sides.layout(trainer)}
+    if watch is not None:
+        return {**facts, "profile": watch.parts()}
+    facts["init_s"] = round(ready[0] - began[0], 2)
+    # what lies before the first step: of ours the self-check and the longest micro-batch, tried out
+    facts["start_s"] = round(meter.began[0] - ready[0], 2)
+    return {**timings(spec, trainer, meter, pairs), **facts}
+
+
+def timings(spec: dict[str, Any], trainer: Any, meter: Meter, pairs: list[Any]) -> dict[str, Any]:
+    """Return the rates and the memory of a run; the pass of a stored reference is charged to them."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     per_step, skip = spec["micro"] * spec["accum"], spec["warmup"]
     timed = pairs[skip * per_step :]
     wall, cpu = meter.wall[skip:], meter.cpu[skip:]
     reference = getattr(trainer, "reference_pass", (0.0, 0.0))
-    # the pass over all pairs belongs to all epochs that read it
-    share = len(timed) / len(pairs) / spec["epochs"]
+    # The pass belongs to all epochs that read it. Ours runs a repeated pair once, so a file that is
+    # gone through twice must not halve its price.
+    distinct = len({json.dumps(pair) for pair in pairs}) if spec["side"] == "ours" else len(pairs)
+    share = len(timed) / distinct / spec["epochs"]
     whole = (sum(wall) + reference[0] * share, sum(cpu) + reference[1] * share)
     result = {
         "pairs_per_s": round(len(timed) / whole[0], 4),
@@ -306,19 +183,26 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "step_s": spread(wall),
         "step_cpu_s": spread(cpu),
         "memory_gib": meter.memory(),
-        "first_loss": log[0],
-        "init_s": round(init, 2),
         "adapter_dtype": str(trained[0].dtype),
         "adapter_parameters": sum(p.numel() for p in trained),
+        "optimiser": optimiser_of(trainer),
     }
-    if "precompute" in spec["variant"]:
+    if reference != (0.0, 0.0):
         result["reference_pass"] = {
             "wall_s": round(reference[0], 3),
             "cpu_s": round(reference[1], 3),
+            "pairs": distinct,
         }
     if "padding_free" in spec["variant"]:
         result["padding_free_active"] = bool(trainer.padding_free)
     return result
+
+
+def optimiser_of(trainer: Any) -> str:
+    """Return the library, class and bits of an optimiser, without accelerate's wrapper."""
+    found = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    bits = getattr(getattr(found, "args", None), "optim_bits", 32)
+    return f"{type(found).__module__.partition('.')[0]} {type(found).__name__}, {bits} bits"
 
 
 def main(spec_file: str, result_file: str) -> None:

@@ -1,19 +1,22 @@
-"""Time and memory of a step against tokens, pairs, answers of one prompt, and model size.
+"""Time and memory of a step against tokens, pairs, answers of one prompt, layers and width.
 
 python benchmarks/scaling.py --out benchmarks/results/scaling_cpu.json
 python benchmarks/scaling.py --device cuda --preset llama3-8b --out benchmarks/results/scaling_h200.json
 
 Engines: ``fast`` recomputes every layer, ``kept`` is the same engine and recomputes none, ``plain``
 is transformers' and peft's own code and recomputes none. Each point runs in a process of its own:
-the policy forward and backward, the reference, the update. Beside each figure stand the bytes that
-the planner predicts and the seconds of the matrix products alone, at the rate that a large product
-reaches on this machine in the same process: the floor.
+the policy forward and backward, the reference, the update. Beside the seconds stand those of the
+matrix products alone, at the rate that a large product reaches on this machine in the same process:
+the floor. Beside the peak stand the bytes that the planner predicts and, for the two engines that it
+describes, the bytes that the performance study counts (``floors.activation_bytes``). The tables of
+README.md are printed at the end. CPU seconds and the machine's load tell whether something ran beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,15 +27,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import compare_trl
+import floors
 import shapes
+import telling
+from one_run import cpu_seconds
 
-BASE = {"layers": 4, "prompt": 128, "response": 128, "pairs": 2, "answers": 2}
+# ``width`` is times that of the preset, in heads of the same size
+BASE = {"layers": 4, "width": 1.0, "prompt": 128, "response": 128, "pairs": 2, "answers": 2}
 SWEEPS = {
     "tokens": [{"prompt": n, "response": n} for n in (64, 128, 256, 512)],
     "pairs": [{"pairs": n} for n in (1, 2, 4, 8)],
     "answers": [{"answers": n, "pairs": 1} for n in (2, 4, 8)],
     "layers": [{"layers": n} for n in (2, 4, 8)],
+    "width": [{"width": n} for n in (0.5, 1.0, 2.0)],
 }
 
 
@@ -68,7 +75,7 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(point["device"])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = shapes.preset_config(point["preset"], point["layers"])
+    config = shapes.preset_config(point["preset"], point["layers"], point["width"])
     policy = load_policy(shapes.build_nf4(config, device, dtype), lora=LoraConfig())
     rows = rows_of(point, config.vocab_size)
     longest = point["prompt"] + point["response"]
@@ -91,32 +98,37 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
         optimiser.zero_grad(set_to_none=True)
 
     step()
+    began = cpu_seconds()
     seconds = [_timed(step, device) for _ in range(point["steps"])]
+    busy = (cpu_seconds() - began) / point["steps"]
     setting = Setting(
         config, peft_config(LoraConfig()), dtype=dtype, flat=flat, fast="LoRA layers" in engine
     )
     planned = measure(setting, rows, accumulates=False)
     peak = _peak(step, device)
     tokens = int(batch.input_ids.numel())
-    width = config.hidden_size // config.num_attention_heads
-    seen = tokens * longest / 2
-    predicted = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    passes = 3 + (again > 0)
-    flop = (
-        2 * planned.linears * tokens * passes
-        + 2 * planned.trained * tokens * passes
-        + 2 * config.vocab_size * config.hidden_size * predicted * 3
-        + 4 * width * config.num_attention_heads * planned.layers * seen * (passes + 1.5)
+    groups = _groups(point, flat)
+    way = floors.Way(
+        flat, again / config.num_hidden_layers, asked == "fast", rank=LoraConfig().rank
     )
+    flop = floors.flop(config, groups, way)
+    counted = None
+    if flat:
+        how = {"recomputed": again, "element": dtype.itemsize, "chunk": 256}
+        counted = floors.activation_bytes(config, groups, **how) / 2**20
     rate = _rate(device, dtype)
     return {
         **{key: point[key] for key in (*BASE, "engine", "preset")},
+        "hidden_size": config.hidden_size,
         "rows": len(rows),
         "tokens": tokens,
-        "seconds": _spread(seconds),
+        "seconds": telling.spread(seconds),
+        "cpu_seconds": busy,
+        "load": os.getloadavg()[0],
         "pairs_per_second": len(rows) / statistics.median(seconds),
         "peak_mib": peak / 2**20,
         "planned_peak_mib": planned.activations(again) / 2**20,
+        "counted_peak_mib": counted,
         "products_flop": flop,
         "products_seconds_floor": flop / rate,
         "share_of_floor": flop / rate / statistics.median(seconds),
@@ -158,8 +170,43 @@ def _rate(device: Any, dtype: Any) -> float:
     return 2 * n**3 / min(_timed(lambda: torch.mm(a, b), device) for _ in range(5))
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _groups(point: dict[str, Any], flat: bool) -> list[floors.Group]:
+    """Return what is laid down: a prompt with all its answers, or each pair by itself."""
+    each = point["answers"] if flat else 2
+    count = point["pairs"] * (1 if flat else point["answers"] - 1)
+    return [(point["prompt"], [point["response"]] * each) for _ in range(count)]
+
+
+def tables(sweeps: dict[str, list[dict[str, Any]]]) -> str:
+    """Return memory and time of all points as Markdown, a row for each shape."""
+    names = list(dict.fromkeys(point["engine"] for points in sweeps.values() for point in points))
+    shapes_seen: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for points in sweeps.values():
+        for point in points:
+            shape = tuple(point[key] for key in ("prompt", "response", "pairs", "answers"))
+            shape += (point["layers"], point["hidden_size"])
+            shapes_seen.setdefault(shape, {})[point["engine"]] = point
+    head = ["prompt + 2 x response", "pairs", "answers", "layers", "width"]
+    bytes_of = [head + [f"{n}{of}" for n in names for of in (", MiB", ", planned", ", counted")]]
+    time_of = [head + [f"{n}{of}" for n in names for of in (", s", ", CPU s", ", products")]]
+    for (prompt, response, *rest), found in shapes_seen.items():
+        row = [f"{prompt} + 2 x {response}", *map(str, rest)]
+        peaks, times = list(row), list(row)
+        for name in names:
+            point = found[name]
+            counted = point["counted_peak_mib"]
+            peaks += [f"{point[key]:.1f}" for key in ("peak_mib", "planned_peak_mib")]
+            peaks.append("" if counted is None else f"{counted:.1f}")
+            times += [f"{point['seconds']['median']:.3f}", f"{point['cpu_seconds']:.3f}"]
+            times.append(f"{point['share_of_floor']:.0%}")
+        bytes_of.append(peaks)
+        time_of.append(times)
+    return "\n\n".join(map(_markdown, (bytes_of, time_of)))
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
 def main() -> None:
@@ -181,23 +228,29 @@ def main() -> None:
         for change in SWEEPS[sweep]:
             for engine in args.engines.split(","):
                 fixed = {"engine": engine, "device": args.device, "preset": args.preset}
-                point = {**BASE, **change, **fixed, "steps": args.steps}
-                with tempfile.TemporaryFile("w+") as errors:
-                    command = [sys.executable, __file__, "--point", json.dumps(point)]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-                    if done.returncode:
-                        errors.seek(0)
-                        raise SystemExit(f"{point}:\n{errors.read()[-2000:]}")
-                result = json.loads(done.stdout.strip().splitlines()[-1])
+                result = in_a_process({**BASE, **change, **fixed, "steps": args.steps})
                 found.setdefault(sweep, []).append(result)
                 print(
                     f"{sweep:8} {change} {engine:6} {result['seconds']['median']:.3f} s, "
                     f"{result['peak_mib']:.1f} MiB (planned {result['planned_peak_mib']:.1f}), "
-                    f"{result['share_of_floor']:.0%} of the products' rate"
+                    f"{result['share_of_floor']:.0%} of the products' rate",
+                    flush=True,
                 )
+    print(f"\n{tables(found)}")
     if args.out:
-        facts = {"machine": compare_trl.machine(args.device), "versions": compare_trl.versions()}
+        facts = {"machine": telling.machine(args.device), "versions": telling.versions()}
         args.out.write_text(json.dumps({**facts, "sweeps": found}, indent=1) + "\n")
+
+
+def in_a_process(point: dict[str, Any]) -> dict[str, Any]:
+    """Measure one point in a process of its own."""
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, __file__, "--point", json.dumps(point)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        if done.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{point}:\n{errors.read()[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -65,15 +65,24 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_WIDE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def preset_config(preset: str, layers: int | None = None) -> Any:
-    """Return the config of a preset, with fewer layers if asked."""
+def preset_config(preset: str, layers: int | None = None, width: float = 1.0) -> Any:
+    """Return the config of a preset, with fewer layers or another width if asked.
+
+    Args:
+        preset: its name.
+        layers: how many; those of the preset if left out.
+        width: times that of the preset: more or fewer heads of the same size, the MLP in proportion.
+    """
     kind, sizes = PRESETS[preset]
     sizes = dict(sizes)
     if layers:
         sizes["num_hidden_layers"] = layers
+    for name in _WIDE:
+        sizes[name] = max(1, round(sizes[name] * width))
     if theta := sizes.pop("rope_theta", None):
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     cls = getattr(importlib.import_module("transformers"), f"{kind}Config")
@@ -223,43 +232,6 @@ def real_pairs(
 def usual_tokens(pair: dict[str, list[int]]) -> int:
     """Return the tokens of a pair in the usual layout: the prompt twice, and no padding."""
     return 2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
-
-
-def flop(
-    config: Any, pairs: list[dict[str, list[int]]], side: str, variant: list[str], **how: Any
-) -> float:
-    """Return the floating-point operations of one epoch of pairs on one side, each product counted once.
-
-    Both sides compute the head at answer positions alone. TRL lays the prompt down twice; ours once,
-    and its recomputation leaves out a layer's last projection. Causal attention sees half of what it
-    could. Padding, optimiser and elementwise work are left out on both sides.
-
-    Args:
-        config: the model's.
-        pairs: token ids.
-        side, variant: of the run.
-        how: ``rank`` of the LoRA layers, ``epochs`` that share a reference pass.
-    """
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    query, keys = heads * head_dim, config.num_key_value_heads * head_dim
-    linears = layers * (2 * width * query + 2 * width * keys + 3 * width * inner)
-    lora = layers * how["rank"] * (4 * (width + query) + 2 * (keys - query) + 3 * (width + inner))
-    again = float("gc" in variant)
-    products = again * (1 - layers * width * inner / linears) if side == "ours" else again
-    reference = 1 / how["epochs"] if "precompute" in variant else 1.0
-    total = 0.0
-    for pair in pairs:
-        prompt, *answers = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-        once = side == "ours"
-        tokens = prompt + sum(answers) if once else 2 * prompt + sum(answers)
-        seen = sum((prompt + answer) ** 2 / 2 for answer in answers) - once * prompt**2 / 2
-        attention = 4 * query * seen * layers
-        total += 2 * linears * tokens * (2 + reference + products)
-        total += attention * (3.5 + reference + again) + 2 * lora * tokens * (3 + again)
-        total += 2 * config.vocab_size * width * sum(answers) * (2 + reference)
-    return total
 
 
 def read_pairs(file: Path) -> list[dict[str, list[int]]]:
