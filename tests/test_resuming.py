@@ -263,7 +263,7 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_told_as_a_full_run_folder(
     run = tmp_path / "run"
     run.mkdir()
     place = tmp_path / "base" / "model.safetensors"
-    with pytest.raises(OutputError, match="base/model.safetensors: cannot be used"):
+    with pytest.raises(OutputError, match=r"base/model\.safetensors: cannot be used"):
         _fails(run, PermissionError(errno.EACCES, "Permission denied", str(place)))
     full = OSError(errno.ENOSPC, "No space left on device", str(run / "metrics.jsonl"))
     with pytest.raises(OutputError, match=r"run: could not be written .* MiB are free there"):
