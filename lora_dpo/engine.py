@@ -21,6 +21,7 @@ from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
 from lora_dpo.policy import shaken, unwrap
+from lora_dpo.positions import check_positions
 from lora_dpo.randomness import forked
 from lora_dpo.stepping import row_length
 
@@ -82,10 +83,12 @@ def choose_engine(
         recompute: whether the fast layers keep their input alone until backward.
 
     Raises:
-        ConfigError: ``fast``, and this model cannot.
+        ConfigError: ``fast``, and this model cannot; or the longest sequence is one with which rows
+            would change each other (``check_positions``).
     """
     if engine not in ENGINES:
         raise ConfigError(f"train.engine: got {engine!r}; expected one of {ENGINES}.")
+    check_positions(causal_lm(model).config, longest)
     _take(model, _Way(flat=False, layers=False))
     if engine == "plain":
         return "engine: plain, padded rows (train.engine: plain)"
