@@ -242,6 +242,9 @@ def test_rows_beyond_a_sliding_window_are_padded_wherever_they_come_from() -> No
     found = completion_logps(policy, collate(policy, LONG))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert hasattr(collate(policy, ROWS), "segments")
+    row = {"prompt_ids": [3], "completion_ids": [4], "label": True}
+    assert hasattr(collate(policy, [{**row, "mismatched_ids": [5] * 11}]), "segments")
+    assert not hasattr(collate(policy, [{**row, "mismatched_ids": [5] * 12}]), "segments")
 
 
 def test_checkpointing_that_is_asked_for_later_holds_for_every_batch(policy: PeftModel) -> None:
