@@ -109,8 +109,8 @@ def choose_engine(
         if engine == "fast" and not way.flat:
             break
         taken = _take(model, way)
-        if way.layers and not taken:
-            no_layers = no_layers or _Difference(str(taken).strip(), known=True)
+        if taken is not None and not taken:
+            no_layers = no_layers or _Difference(", ".join(taken.obstacles), known=True)
             continue
         found = proof.difference(flat=way.flat)
         if found is None:
