@@ -7,8 +7,9 @@ rest is proven on a few rows before training, against padded rows and plain laye
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 
 from lora_dpo.data import collate_labelled, collate_pairs, flat_labelled, flat_pairs
 from lora_dpo.errors import ConfigError
+from lora_dpo.float32 import computes_in_float32, float32_compute
 from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import NAME, Taken, decoder_layers, release, take, work_of
 from lora_dpo.policy import shaken, unwrap
+from lora_dpo.positions import check_positions
 from lora_dpo.randomness import forked
 from lora_dpo.stepping import row_length
+
+logger = logging.getLogger("lora_dpo")
 
 Engine = Literal["auto", "fast", "plain"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -68,8 +73,11 @@ def choose_engine(
     chunk: int,
     with_reference: bool = True,
     recompute: bool = True,
-) -> str:
+) -> EngineLine:
     """Put the model on the fastest layout and layers that are right for it; say in words which.
+
+    A way that should be right for the model and is not, or ``fast`` where part of it is out of reach, is a
+    warning at once; what the model does not support is told in the words alone.
 
     Args:
         model: the policy.
@@ -82,43 +90,78 @@ def choose_engine(
         recompute: whether the fast layers keep their input alone until backward.
 
     Raises:
-        ConfigError: ``fast``, and this model cannot.
+        ConfigError: ``fast``, and this model cannot; or the longest sequence is one with which rows
+            would change each other (``check_positions``).
     """
     if engine not in ENGINES:
         raise ConfigError(f"train.engine: got {engine!r}; expected one of {ENGINES}.")
+    check_positions(causal_lm(model).config, longest)
     _take(model, _Way(flat=False, layers=False))
     if engine == "plain":
-        return "engine: plain, padded rows (train.engine: plain)"
-    reason = obstacle(model, longest)
+        return EngineLine("engine: plain, padded rows (train.engine: plain)")
+    known = obstacle(model, longest)
+    no_flat = _Difference(known, known=True) if known else None
     ways = [_Way(False, True), _Way(False, True, False)]
-    if not reason:
+    if no_flat is None:
         ways = [_Way(True, True), _Way(True, True, False), _Way(True, False), *ways]
-    proof, refused = _Proof(model, rows, chunk, with_reference), ""
+    proof, no_layers = _Proof(model, rows, chunk, with_reference), None
     for way in ways:
         if engine == "fast" and not way.flat:
             break
         taken = _take(model, way)
-        if way.layers and not taken:
-            refused = refused or str(taken).strip()
+        if taken is not None and not taken:
+            no_layers = no_layers or _Difference(", ".join(taken.obstacles), known=True)
             continue
-        found = proof.disagreement(flat=way.flat)
-        if not found:
-            count = len(decoder_layers(causal_lm(model))) if recompute else 0
-            recompute_layers(model, count)
-            layers = f"; {taken}" if taken else f"; the library's layers ({refused})"
-            layout = _FLAT if way.flat else f"padded rows ({reason})"
-            return f"engine: fast, {layout}{layers} (proven on two rows)"
-        refused = refused or found
-        reason = reason or found
+        found = proof.difference(flat=way.flat)
+        if found is None:
+            recompute_layers(model, len(decoder_layers(causal_lm(model))) if recompute else 0)
+            layout = _FLAT if way.flat else f"padded rows ({no_flat})"
+            layers = str(taken) if taken else f"the library's layers ({no_layers})"
+            partly = engine == "fast" and (not taken or bool(taken.obstacles))
+            lost = [None if way.flat else no_flat, None if taken else no_layers]
+            words = f"engine: fast, {layout}; {layers} ({proof.words})"
+            return _told(words, warns=partly or any(d and not d.known for d in lost))
+        if way.layers and not way.skips_last:  # else a norm that reads what was left out
+            no_layers = no_layers or found
+        elif not way.layers:
+            no_flat = no_flat or found
     _take(model, _Way(flat=False, layers=False))
     if engine == "fast":
         raise ConfigError(
-            f"train.engine is fast, and this model cannot: {reason}. Use auto or plain."
+            f"train.engine is fast, and this model cannot: {no_flat}. Use auto or plain."
         )
-    return f"engine: plain, padded rows ({reason})"
+    words = f"engine: plain, padded rows ({no_flat})"
+    words += f"; the library's layers ({no_layers})" if no_layers else ""
+    return _told(words, warns=any(d and not d.known for d in (no_flat, no_layers)))
 
 
 _FLAT = "rows end to end without padding, prompts shared"
+
+
+class EngineLine(str):
+    """What was taken, in words; ``warns`` if it is less than the model should be able to take."""
+
+    warns: bool = False
+
+
+def _told(words: str, *, warns: bool) -> EngineLine:
+    """Warn now, of whatever run this is: one that resumes has no other lines at its start."""
+    line = EngineLine(words)
+    line.warns = warns
+    if warns:
+        logger.warning(line)
+    return line
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Why a way is not taken; ``known`` if that is what the model is, and no error."""
+
+    words: str
+    known: bool = False
+
+    def __str__(self) -> str:
+        return self.words
 
 
 @dataclass(frozen=True)
@@ -169,8 +212,26 @@ def obstacle(model: nn.Module, longest: int) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class _Bounds:
+    """How far two ways may differ, relative to a tensor's norm or to ``least`` of the largest."""
+
+    logps: float
+    gradients: float
+    least: float
+
+
+_FLOAT = _Bounds(1e-3, 1e-3, 1e-3)  # only the order of sums differs
+# what 16 bits round differs by layout, most in small gradients that are sums of large terms
+_HALF = _Bounds(0.05, 0.25, 0.1)
+
+
 class _Proof:
-    """Compares a way of computing with padded rows and plain layers, on a policy off its reference."""
+    """Compares a way of computing with padded rows and plain layers, on a policy off its reference.
+
+    What trains in 16 bits is compared in float32 first, where no error is small enough to hide, and then
+    as it trains, where rounding hides those of some percent.
+    """
 
     def __init__(
         self, model: nn.Module, rows: Sequence[Row], chunk: int, with_reference: bool
@@ -178,62 +239,84 @@ class _Proof:
         # Short rows: the plain way recomputes nothing, and must fit where training does.
         self.model, self.rows, self.chunk = model, [_short(row) for row in rows], chunk
         self.with_reference = with_reference
-        self._expected: tuple[list[Tensor], list[Tensor]] | None = None
-        # what 16 bits round differs by layout, most in small gradients that are sums of large terms;
-        # in float32 only the order of sums does
-        half = base_dtype(model) != torch.float32
-        self.bounds = ((0.05, 0.25) if half else (1e-3, 1e-3)), (0.1 if half else 1e-3)
+        self._half, self._widens = base_dtype(model) != torch.float32, computes_in_float32(model)
+        self._expected: dict[_Bounds, list[list[Tensor]]] = {}
 
-    def disagreement(self, *, flat: bool) -> str:
-        """Return how the model as it stands differs from the plain one, or nothing."""
+    @property
+    def words(self) -> str:
+        """What was proven."""
+        return "proven on two rows" + (", in float32 too" if len(self._expected) > 1 else "")
+
+    def difference(self, *, flat: bool) -> _Difference | None:
+        """Return how the model as it stands differs from the plain one, or None."""
         try:
-            if self._expected is None:
-                self._expected = self._plain()
-            found = self._measured(flat=flat)
+            self._expect()
+            for bounds, expected in self._expected.items():
+                found = self._measured(bounds, flat=flat)
+                for ours, theirs, bound in zip(
+                    found, expected, (bounds.logps, bounds.gradients), strict=True
+                ):
+                    away = _away(ours, theirs, bounds.least)
+                    if not away <= bound:  # nor is NaN
+                        return _Difference(f"it differs by {away:.2g} there")
         except torch.OutOfMemoryError:
             raise  # the plain way needs no less
         except Exception as error:  # whatever a foreign model raises: the plain way is right
-            return f"{type(error).__name__} there: {' '.join(str(error).split())[:120]}"
-        bounds, least = self.bounds
-        for ours, theirs, bound in zip(found, self._expected, bounds, strict=True):
-            away = _away(ours, theirs, least)
-            if not away <= bound:  # nor is NaN
-                return f"it differs by {away:.2g} there"
-        return ""
+            words = f"{type(error).__name__} there: {' '.join(str(error).split())[:120]}"
+            return _Difference(words, known=isinstance(error, NotImplementedError))
+        return None
 
-    def _plain(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _expect(self) -> None:
+        """Run the plain way, once for each precision that the proof is made in."""
+        if self._expected:
+            return
+        if self._widens or not self._half:
+            # a model of which this is too much to ask is proven in 16 bits alone
+            with suppress(Exception) if self._half else nullcontext():
+                self._expected[_FLOAT] = self._plain(_FLOAT)
+        if self._half:
+            self._expected[_HALF] = self._plain(_HALF)
+
+    def _plain(self, bounds: _Bounds) -> list[list[Tensor]]:
         causal = causal_lm(self.model)
         before, work = causal.config._attn_implementation, work_of(causal)
         if before == NAME:
             causal.config._attn_implementation = "sdpa"
         try:
             with nullcontext() if work is None else work.turned(off=True):
-                return self._measured(flat=False)
+                return self._measured(bounds, flat=False)
         finally:
             causal.config._attn_implementation = before
 
-    def _measured(self, *, flat: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return log-probs of policy and reference, and the gradient of each trained tensor."""
+    def _measured(self, bounds: _Bounds, *, flat: bool) -> list[list[Tensor]]:
+        """Return log-probs of policy and reference, and the gradient of each trained tensor.
+
+        They wait in the memory of the CPU: on a card they would be more than a step's own.
+        """
         was_training = self.model.training
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
         device = home_device(self.model)
         batch = lay_out(self.rows, flat=flat).to(device)
-        try:
-            with torch.enable_grad(), forked(), shaken(self.model):
-                theirs = []
-                if self.with_reference:
-                    ours, other = both_logps(self.model, batch, chunk=self.chunk)
-                    theirs = [other]
-                else:
-                    ours = completion_logps(self.model, batch, chunk=self.chunk)
-                (ours * torch.linspace(1.0, 2.0, len(ours), device=device)).sum().backward()
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-            return [ours.detach(), *theirs], gradient
-        finally:
-            self.model.zero_grad(set_to_none=True)
-            self.model.train(was_training)
+        widened = bounds is _FLOAT and self._widens
+        precision = float32_compute(self.model) if widened else nullcontext()
+        with precision:
+            try:
+                with torch.enable_grad(), forked(), shaken(self.model):
+                    theirs = []
+                    if self.with_reference:
+                        ours, other = both_logps(self.model, batch, chunk=self.chunk)
+                        theirs = [other.cpu()]
+                    else:
+                        ours = completion_logps(self.model, batch, chunk=self.chunk)
+                    weights = torch.linspace(1.0, 2.0, len(ours), device=device)
+                    (ours * weights).sum().backward()
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+                return [[ours.detach().cpu(), *theirs], [value.cpu() for value in found]]
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                self.model.train(was_training)
 
 
 def _away(found: Sequence[Tensor], expected: Sequence[Tensor], least: float) -> float:

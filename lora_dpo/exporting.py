@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from lora_dpo.ends import stop_tokens
 from lora_dpo.errors import ExportError, OutputError
+from lora_dpo.float32 import float32_compute
 from lora_dpo.heads import causal_lm
 from lora_dpo.policy import Folded, Merged, merged_tensors, save_portable_adapter
 from lora_dpo.proving import (
@@ -30,7 +31,6 @@ from lora_dpo.proving import (
     Proof,
     behaviour,
     completion_logits,
-    float32_compute,
     is_8bit,
     mean_kl,
     prove,

@@ -59,7 +59,9 @@ def evaluate(
         # what training stored is of the layout that it ran on
         longest = max(map(row_length, rows.rows))
         first = [rows.rows[i] for i in range(min(2, len(rows)))]
-        logger.info(choose_engine(policy, first, longest, run.config.train.engine, chunk=chunk))
+        line = choose_engine(policy, first, longest, run.config.train.engine, chunk=chunk)
+        if not line.warns:  # else it is told already
+            logger.info(line)
         rows = stored_reference_logps(policy, rows, folder, batch_size=width, chunk=chunk)
     return evaluate_policy(
         policy,

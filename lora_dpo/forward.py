@@ -29,6 +29,7 @@ from lora_dpo.logprobs import (
     token_values,
 )
 from lora_dpo.policy import reference
+from lora_dpo.positions import check_positions, longest_of_its_own
 from lora_dpo.stats import UNKEPT, LabelledStats, PairStats
 
 
@@ -215,10 +216,22 @@ def _run(
 ) -> None:
     """Run a batch through the model with ``score`` in place of its head."""
     causal = causal_lm(model)
+    _hold_positions(causal.config, batch)
     work = work_of(causal)
     fast = nullcontext() if work is None else work.batch()
     with swapped_head(causal, score), compute_context(model), fast:
         model(input_ids=batch.input_ids, use_cache=False, **_layout(model, batch))
+
+
+def _hold_positions(config: Any, batch: Batch | FlatBatch) -> None:
+    """Refuse rows that would move the positions of those beside them, wherever they come from."""
+    own = longest_of_its_own(config)
+    if own is None:
+        return
+    if isinstance(batch, FlatBatch):  # an answer's last token is not laid out
+        check_positions(config, 1 + max(trunk + max(ends) for trunk, ends in batch.segments))
+    elif batch.attention_mask.shape[1] > own[1]:  # else the device need not be waited for
+        check_positions(config, int(batch.attention_mask.sum(1).max()))
 
 
 def _head_is_frozen(model: nn.Module) -> bool:

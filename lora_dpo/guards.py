@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.config import Config
+from lora_dpo.data import Tokenised
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.policy import adapter_folder
+from lora_dpo.positions import check_positions, longest_of_its_own
 from lora_dpo.smoking import SMOKE_FILE
+from lora_dpo.stepping import row_length
 from lora_dpo.store import fingerprint
 
 # Settings that may differ between a checkpoint and the run that resumes from it.
@@ -68,6 +71,17 @@ def check_context(config: Config, base: Any) -> None:
             f"data.max_length: got {config.data.max_length}, but the model has {longest} positions; "
             f"set data.max_length to at most {longest}."
         )
+
+
+def check_lengths(base: Any, *sets: Tokenised | None) -> None:
+    """Hold that no row of these sets would change the positions of the rows beside it.
+
+    Args:
+        base: the config of the model.
+        sets: tokenised rows.
+    """
+    if longest_of_its_own(base) is not None:
+        check_positions(base, max(row_length(row) for rows in sets if rows for row in rows.rows))
 
 
 @contextmanager

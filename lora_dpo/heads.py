@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_dpo.errors import ModelError
 from lora_dpo.logprobs import Head
 
+IN_FLOAT32 = "_lora_dpo_float32"  # on a model that ``float32_compute`` has made so
+
 
 def causal_lm(model: nn.Module) -> Any:
     """Return the transformers model inside the wrappers of peft, accelerate and torch."""
@@ -38,7 +40,10 @@ def home_device(model: nn.Module) -> torch.device:
 
 def base_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of what the base does not quantise: that of its computation."""
-    embeddings = causal_lm(model).get_input_embeddings()
+    causal = causal_lm(model)
+    if IN_FLOAT32 in vars(causal):
+        return torch.float32
+    embeddings = causal.get_input_embeddings()
     original = getattr(embeddings, "original_module", embeddings)  # not peft's float32 copy
     dtype: torch.dtype = original.weight.dtype
     return dtype

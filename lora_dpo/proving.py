@@ -6,8 +6,7 @@ import math
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,28 +64,6 @@ class Proof:
             f"{self.top1:.2%}, same greedy tokens {self.greedy:.2%}, held-out answers "
             f"{self.nll:.4f} -> {self.nll_exported:.4f} nats a token"
         )
-
-
-@contextmanager
-def float32_compute(policy: nn.Module) -> Iterator[None]:
-    """Compute in float32 inside the block: the proof is of the weights, not of 16-bit rounding."""
-    causal, changed = causal_lm(policy), []
-    for module in causal.modules():
-        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
-            changed.append((module, module.compute_dtype))
-            module.compute_dtype = torch.float32
-    halves = [
-        (p, p.dtype) for p in causal.parameters() if p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    for parameter, _ in halves:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, kind in halves:
-            parameter.data = parameter.data.to(kind)
-        for module, kind in changed:
-            module.compute_dtype = kind
 
 
 def is_8bit(policy: nn.Module) -> bool:

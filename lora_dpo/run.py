@@ -27,6 +27,7 @@ from lora_dpo.diagnostics import (
 )
 from lora_dpo.guards import (
     check_context,
+    check_lengths,
     check_scaler,
     check_trackers,
     checkpoint_facts,
@@ -123,6 +124,7 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
         data = prepare_data(source, tokenizer, objective.data)
         train_rows, held_out = fitted(objective, data.train, data.held_out)
     data = replace(data, train=train_rows, held_out=held_out)
+    check_lengths(base, data.train, data.held_out)
     for line in data.lines():
         logger.info(line)
     if evaluates and data.held_out is None:  # too few prompts to hold any out

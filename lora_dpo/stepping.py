@@ -265,8 +265,9 @@ def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def row_length(row: Mapping[str, Any]) -> int:
-    """Tokens of the longest sequence of a row."""
-    return len(row["prompt_ids"]) + max(map(len, _answers(row)))
+    """Tokens of the longest sequence of a row, one with a mismatched completion among them."""
+    answers = [*_answers(row), row.get("mismatched_ids") or ()]
+    return len(row["prompt_ids"]) + max(map(len, answers))
 
 
 def longest_row(rows: Any) -> int:

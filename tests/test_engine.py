@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_dpo.data import collate_pairs, flat_labelled, flat_pairs, flat_tokens
 from lora_dpo.engine import choose_engine, is_flat
 from lora_dpo.errors import ConfigError
 from lora_dpo.forward import completion_logps, pair_stats
+from lora_dpo.layers import work_of
 from lora_dpo.policy import load_policy, reference
 from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
@@ -86,6 +88,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
 NOT_FLAT = {"gemma2": "attention is 'eager'"}  # it caps its scores, which sdpa cannot
+NOT_FAST = {  # gate and up in one matrix, or no gate; layers that are no linear ones
+    "phi3": ("MLPs",),
+    "gpt_neox": ("MLPs",),
+    "gpt2": ("LoRA layers", "MLPs", "in one pass"),
+}
 
 
 def _model(kind: str, **further: Any) -> Any:
@@ -105,26 +112,83 @@ def _model(kind: str, **further: Any) -> Any:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_flat_rows_equal_one_sequence_at_a_time_or_are_not_taken(kind: str, tied: bool) -> None:
-    policy = load_policy(_model(kind, tie_word_embeddings=tied), lora=LoraConfig(rank=4)).eval()
-    move_adapter(policy, std=0.2)
-    expected = _one_at_a_time(policy, ROWS)
-    expected_gradient = _gradient(policy, expected)
-    with reference(policy):
-        expected_reference = _one_at_a_time(policy, ROWS)
-    line = choose_engine(policy, ROWS[:2], 9, "auto", chunk=5)
+def test_every_pass_of_training_equals_one_sequence_at_a_time_or_is_not_taken(
+    kind: str, tied: bool
+) -> None:
+    policy = load_policy(_model(kind, tie_word_embeddings=tied), lora=LoraConfig(rank=4))
+    line = _check_training(policy, _padded if kind in NOT_FLAT else flat_pairs)
     if kind in NOT_FLAT:
         assert NOT_FLAT[kind] in line and not is_flat(policy)
-        return
-    assert is_flat(policy), line
-    batch = flat_pairs(ROWS)
-    values = completion_logps(policy, batch, chunk=5)
-    torch.testing.assert_close(values.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
-    found = _gradient(policy, values)
-    assert float((found - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
-    with reference(policy):
-        theirs = completion_logps(policy, batch)
-    torch.testing.assert_close(theirs, expected_reference, rtol=1e-4, atol=1e-4)
+    for part in ("LoRA layers", "MLPs", "in one pass"):
+        assert (part in line) == (part not in NOT_FAST.get(kind, ())), line
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "none"])
+def test_sizes_that_are_no_multiple_of_64_give_the_same_as_peft_too(
+    quantisation: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3}
+    _model("llama", vocab_size=97, intermediate_size=172, **sizes).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, quantisation=quantisation, lora=LoraConfig(rank=5))
+    for lay_out in (flat_pairs, _padded):
+        assert "14 LoRA layers, 2 MLPs" in _check_training(policy, lay_out)
+
+
+def test_a_trained_model_with_an_mlp_of_172_gives_the_same_as_peft_in_nf4(shared: Path) -> None:
+    folder = shared / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("../shared/models/stories260K is not here")
+    policy = load_policy(folder, lora=LoraConfig(rank=4))
+    assert policy.config.intermediate_size == 172
+    assert "35 LoRA layers, 5 MLPs" in _check_training(policy, flat_pairs)
+
+
+def _check_training(policy: Any, lay_out: Any) -> str:
+    """Hold training's own pass to peft's, one sequence at a time, however much is recomputed.
+
+    Policy and reference in one pass, and the gradient of every adapter through the head in chunks.
+    """
+    policy.eval()
+    move_adapter(policy, std=0.2)
+    assert "plain" in choose_engine(policy, ROWS[:2], 9, "plain", chunk=5)
+    expected = _one_at_a_time(policy, ROWS)
+    gradients = _gradients(policy, expected)
+    with reference(policy), torch.no_grad():
+        theirs = _one_at_a_time(policy, ROWS)
+    line = choose_engine(policy, ROWS[:2], 9, "auto", chunk=5)
+    if lay_out is not flat_pairs and is_flat(policy):
+        policy.get_base_model().config._attn_implementation = "sdpa"
+    work = work_of(policy.get_base_model())
+    assert work is not None, line
+    for recomputed in sorted({0, 1, len(work.layers)}):
+        work.recomputed = recomputed
+        stats = pair_stats(policy, lay_out(ROWS), chunk=5)  # what PreferenceTrainer runs
+        sides = ("chosen_logps", "rejected_logps")
+        found = torch.cat([getattr(stats, f"policy_{side}") for side in sides])
+        fixed = torch.cat([getattr(stats, f"reference_{side}") for side in sides])
+        torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(fixed, theirs, rtol=1e-5, atol=1e-4)
+        assert not fixed.requires_grad
+        norms = {name: float(value.norm()) for name, value in gradients.items()}
+        moved = {n: float((v - gradients[n]).norm()) for n, v in _gradients(policy, found).items()}
+        assert math.hypot(*moved.values()) < 1e-5 * math.hypot(*norms.values())
+        for name, away in moved.items():  # a tiny one is a difference of large sums
+            assert away < 1e-4 * max(norms[name], 1e-2 * max(norms.values())), (name, recomputed)
+    with reference(policy), torch.no_grad():
+        alone = completion_logps(policy, lay_out(ROWS))
+    torch.testing.assert_close(alone, theirs, rtol=1e-5, atol=1e-4)
+    return line
+
+
+def _padded(rows: list[Any]) -> Any:
+    return collate_pairs(rows, pad_id=0)
+
+
+def _gradients(policy: Any, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradient of each trained tensor by itself: a small one hides beside large ones."""
+    policy.zero_grad()
+    (values * torch.linspace(1, 2, len(values))).sum().backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture(scope="module")

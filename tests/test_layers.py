@@ -242,6 +242,9 @@ def test_rows_beyond_a_sliding_window_are_padded_wherever_they_come_from() -> No
     found = completion_logps(policy, collate(policy, LONG))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert hasattr(collate(policy, ROWS), "segments")
+    row = {"prompt_ids": [3], "completion_ids": [4], "label": True}
+    assert hasattr(collate(policy, [{**row, "mismatched_ids": [5] * 11}]), "segments")
+    assert not hasattr(collate(policy, [{**row, "mismatched_ids": [5] * 12}]), "segments")
 
 
 def test_checkpointing_that_is_asked_for_later_holds_for_every_batch(policy: PeftModel) -> None:
@@ -276,40 +279,47 @@ def test_layers_that_others_have_patched_or_that_are_not_known_are_left_to_the_l
     assert "of its own kind" in choose_engine(policy, ROWS, 9, "fast", chunk=64)
 
 
-class _Shapes(TorchDispatchMode):
-    """Notes the largest tensor that has a dimension of the vocabulary."""
+class _Logits(TorchDispatchMode):
+    """Notes the most rows of a tensor with a dimension of the vocabulary, but for the head's weight."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, hidden: int) -> None:
         super().__init__()
         self.vocabulary, self.rows = vocabulary, 0
+        self.weight = {(vocabulary, hidden), (hidden, vocabulary)}  # as it is and turned round
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
-            if isinstance(value, torch.Tensor) and self.vocabulary in value.shape:
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) in self.weight:
+                continue
+            if self.vocabulary in value.shape:
                 self.rows = max(self.rows, value.numel() // self.vocabulary)
         return out
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"kls", "confidences"})])
 def test_no_tensor_with_a_vocabulary_dimension_is_larger_than_a_chunk(
-    tiny_model: Path, needs: frozenset[str]
+    needs: frozenset[str], chunk: int
 ) -> None:
-    model = _model("llama", vocab_size=1013)  # a size that nothing else has
+    vocabulary, hidden = 1013, 96  # a vocabulary that nothing else has, a width that no chunk has
+    model = _model("llama", vocab_size=vocabulary, hidden_size=hidden)
     policy = load_policy(model, lora=LoraConfig(rank=2, targets=["q_proj", "down_proj"])).train()
     move_adapter(policy)
-    weights = [p for p in policy.parameters() if 1013 in p.shape]
-    assert all(not p.requires_grad for p in weights)
-    choose_engine(policy, ROWS, 90, "fast", chunk=7)
-    with _Shapes(1013) as seen:
-        stats = pair_stats(policy, flat_pairs(LONG * 2), chunk=7, needs=needs)
-        (stats.policy_chosen_logps - stats.policy_rejected_logps).sum().backward()
-    # the head's weight is turned round as a view; what is allocated has rows of a chunk
-    assert seen.rows <= max(7, 64), seen.rows
-    policy.zero_grad()
-    with _Shapes(1013) as seen:
-        pair_stats(policy, flat_pairs(LONG * 2), chunk=200)
-    assert seen.rows >= 100  # the hook sees what it must
+    assert all(not p.requires_grad for p in policy.parameters() if vocabulary in p.shape)
+    choose_engine(policy, ROWS, 90, "fast", chunk=chunk)
+    batch = flat_pairs(LONG * 2)
+    assert len(batch.targets) > hidden  # one tensor of all logits would be seen
+    with _Logits(vocabulary, hidden) as seen:
+        stats = pair_stats(policy, batch, chunk=chunk, needs=needs)
+        margins = stats.policy_chosen_logps - stats.policy_rejected_logps
+        assert seen.rows == chunk  # forward, of policy and reference
+    with _Logits(vocabulary, hidden) as seen:
+        margins.sum().backward()
+    assert seen.rows == 0  # the gradient of each value was taken with it
+    with torch.no_grad(), reference(policy), _Logits(vocabulary, hidden) as seen:
+        completion_logps(policy, batch, chunk=chunk)
+    assert seen.rows == chunk
 
 
 def test_generation_and_the_librarys_forward_run_on_the_librarys_layers(policy: PeftModel) -> None:

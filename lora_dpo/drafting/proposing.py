@@ -16,6 +16,7 @@ from lora_dpo.drafting.writing import Draft, commented
 from lora_dpo.errors import ConfigError
 from lora_dpo.planning import card_of, question_of
 from lora_dpo.policy import check_base
+from lora_dpo.positions import longest_of_its_own
 from lora_dpo.preparing import load_rows, load_tokenizer, tokenise_rows
 from lora_dpo.run_folder import bound_objective
 from lora_dpo.stepping import fitted
@@ -62,6 +63,8 @@ def init_config(
     config = Config.parse(_merged(values, fixed))
     base = check_base(config.model)
     positions = getattr(base.get_text_config(), "max_position_embeddings", None) or LONGEST
+    if (own := longest_of_its_own(base)) is not None:
+        positions = min(positions, own[1])
     if "max_length" not in fixed.get("data", {}):
         config = config.replace("data.max_length", positions)
     read = load_rows(config, config.data.train, objectives.get(name).data if name else None)

@@ -42,6 +42,7 @@ class Taken:
         found = [f"{self.linears} LoRA layers"] if self.linears else []
         found += [f"{self.mlps} MLPs"] if self.mlps else []
         found += ["policy and reference in one pass"] if self.fused else []
+        found = found or ["recomputation alone"]
         left = f" (not {', '.join(self.obstacles)})" if self.obstacles else ""
         return ", ".join(found) + left
 

@@ -36,6 +36,7 @@ from lora_dpo.policy import (
     unwrap,
     without_dropout,
 )
+from lora_dpo.positions import check_positions
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.ranks import processes
 from lora_dpo.run_folder import bound_objective
@@ -137,6 +138,7 @@ def question_of(
     batches = batches_of(arguments, config.train.max_tokens_per_batch)
     with _imagined(config.model.base):
         longest = max(map(row_length, rows))
+        check_positions(architecture, longest)
         setting = _as_the_engine_would(setting, config.train.engine, longest)
     recompute = recomputes(arguments)
     return Question(config.model.base, setting, rows, batches, room, words, recompute, card)
