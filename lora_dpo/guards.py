@@ -14,7 +14,7 @@ from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.policy import adapter_folder
 from lora_dpo.positions import check_positions, longest_of_its_own
 from lora_dpo.smoking import SMOKE_FILE
-from lora_dpo.stepping import row_length
+from lora_dpo.stepping import longest_row
 from lora_dpo.store import fingerprint
 
 # Settings that may differ between a checkpoint and the run that resumes from it.
@@ -81,7 +81,7 @@ def check_lengths(base: Any, *sets: Tokenised | None) -> None:
         sets: tokenised rows.
     """
     if longest_of_its_own(base) is not None:
-        check_positions(base, max(row_length(row) for rows in sets if rows for row in rows.rows))
+        check_positions(base, max(longest_row(rows.rows) for rows in sets if rows))
 
 
 @contextmanager
