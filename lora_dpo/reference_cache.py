@@ -42,8 +42,8 @@ def with_reference_logps(
         policy: whose reference it is; the result is right for any policy with the same one, and
             the trainer proves on its first rows that it is.
         data: tokenised rows.
-        batch_size: rows of a forward pass, fewer where memory runs out; 16-bit arithmetic moves a log-prob by some 0.1 nats
-            between batch shapes.
+        batch_size: rows of a forward pass, fewer where memory runs out; 16-bit arithmetic moves a
+            log-prob by some 0.1 nats between batch shapes.
         chunk: positions whose logits exist at one time.
     """
     table = torch.empty(len(data), len(COLUMNS[data.kind]), dtype=torch.float64)

@@ -239,10 +239,14 @@ def weights_at_work(policy: Any) -> dict[str, int]:
         and ".experts." not in name
         and "lora_" not in name
     }
-    lora = [
-        factor.weight.numel()
+    inside: Any = [
+        module
         for name, module in policy.named_modules()
         if isinstance(module, LoraLayer) and module not in inside_head and ".experts." not in name
+    ]
+    lora = [
+        factor.weight.numel()
+        for module in inside
         for factors in (module.lora_A, module.lora_B)
         for factor in factors.values()
         if factor.weight.requires_grad
