@@ -37,6 +37,7 @@ logger = logging.getLogger("lora_dpo")
 
 Row = Mapping[str, Any]
 Result = TypeVar("Result")
+_NO_LIMIT = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
 _FOUND = "what could be had when memory ran out"
 
 
@@ -66,7 +67,7 @@ class Memory:
         self.device, self.alone, self.settings = device, alone, settings
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._optimiser = int(optimiser_bytes(settings["args"]) * trained)
-        self._no_plan = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
+        self._no_plan = _NO_LIMIT
         self.changes: list[str] = []  # after memory ran out, in words
         self.tell: Callable[[], None] | None = None  # when the plan has changed
         self.plan = self._planned()
@@ -79,7 +80,7 @@ class Memory:
 
     def foresee(self) -> None:
         """Plan as well where nothing limits the memory, for the reader of a run."""
-        if self.plan is None:
+        if self.plan is None and self._no_plan == _NO_LIMIT:
             self.plan = self._planned(brief=True)
 
     def lines(self) -> list[str]:
