@@ -170,8 +170,7 @@ class PreferenceTrainer(ResumableTrainer):
             compute_metrics=self._held_out_metrics,
             callbacks=[*self._own_callbacks(), *callbacks],
         )
-        self.label_names = []
-        self._eval_width = Width(self.args.eval_batch_size)
+        self.label_names, self._eval_width = [], Width(self.args.eval_batch_size)
         self.display = put_display(self)
         check_head(self.model)
         longest = max(longest_row(data.rows) for data in (train, held_out) if data)

@@ -231,33 +231,19 @@ def make_plan(
 
     largest = largest_micro_batch(rows, batches, flat=setting.flat)
     several = has_several(rows, batches, flat=setting.flat)
-    chooses = recompute and room is not None and setting.fast
     way = None if setting.fast and not (brief and room is None) else recompute
 
     def measured(setting: Setting) -> Bytes:
         found = change(measure(setting, largest, accumulates=several, recomputes=way))
         return found.offloaded() if offloaded else found
 
-    found = measured(setting)
-    layers = found.layers if recompute else least
-    if chooses and room is not None:
-        fewest = found.fewest_recomputed(room, least)
-        if fewest is None and setting.keeps_weights:
-            # a layer's plain weights are made again for their second use
-            setting = replace(setting, keeps_weights=False)
-            found = measured(setting)
-            fewest = found.fewest_recomputed(room, least)
-        if fewest is None and card is not None and not offloaded:
-            # the inputs of layers wait in the CPU's memory
-            offloaded, found = True, found.offloaded()
-            fewest = found.fewest_recomputed(room, least)
-        layers = found.layers if fewest is None else fewest
-    window = shape_of(setting, found).window
-    if setting.flat:
-        meet = batches.micro_batch if batches.max_tokens is None else rows_of_a_step(rows, batches)
-        tokens = Tokens.laid(rows, together=meet, window=window)
+    if recompute and room is not None and setting.fast:
+        aside = card is not None and not offloaded
+        setting, found, layers, moved = _as_few_as_fit(setting, measured, room, least, aside=aside)
+        offloaded = offloaded or moved
     else:
-        tokens = Tokens.padded(rows, window=window)
+        found = measured(setting)
+        layers = found.layers if recompute else least
     plan = Plan(
         found,
         setting,
@@ -269,12 +255,41 @@ def make_plan(
         offloaded,
         recompute=recompute,
         card=card,
-        step=tokens.times(rows_of_a_step(rows, batches) / len(rows)),
+        step=_mean_step(rows, batches, setting, shape_of(setting, found).window),
         pieces=micro_batches(rows, batches, flat=setting.flat),
         engine=engine,
     )
     plan = replace(plan, seconds=_seconds(plan))
     return remedied(plan, rows) if remedies and plan.fits is False else plan
+
+
+def _as_few_as_fit(
+    setting: Setting, measured: Callable[[Setting], Bytes], room: int, least: int, *, aside: bool
+) -> tuple[Setting, Bytes, int, bool]:
+    """Return how fast layers fit into a room: setting, bytes, layers recomputed, whether offloaded."""
+    found = measured(setting)
+    fewest = found.fewest_recomputed(room, least)
+    if fewest is None and setting.keeps_weights:
+        # a layer's plain weights are made again for their second use
+        setting = replace(setting, keeps_weights=False)
+        found = measured(setting)
+        fewest = found.fewest_recomputed(room, least)
+    moved = fewest is None and aside
+    if moved:  # the inputs of layers wait in the CPU's memory
+        found = found.offloaded()
+        fewest = found.fewest_recomputed(room, least)
+    return setting, found, found.layers if fewest is None else fewest, moved
+
+
+def _mean_step(
+    rows: Sequence[Row], batches: Batches, setting: Setting, window: int | None
+) -> Tokens:
+    """Return the tokens of a step of mean length, as few as they can be."""
+    count = rows_of_a_step(rows, batches)
+    if not setting.flat:
+        return Tokens.padded(rows, window=window).times(count / len(rows))
+    meet = batches.micro_batch if batches.max_tokens is None else count
+    return Tokens.laid(rows, together=meet, window=window).times(count / len(rows))
 
 
 def shape_of(setting: Setting, found: Bytes) -> Shape:
