@@ -25,6 +25,7 @@ from lora_dpo.metrics import row_metrics
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.reference_cache import known_reference, row_places
+from lora_dpo.shortage import Width, narrowing
 from lora_dpo.showing import Told, bar
 from lora_dpo.stats import WITH_GRADIENT, AnyStats
 from lora_dpo.stepping import row_length
@@ -99,7 +100,7 @@ def evaluate_policy(
         objective: whose losses and rewards are reported.
         states: what the objective remembers of training, if it does.
         pad_id: token id that fills up rows; any will do, padding is masked.
-        batch_size: rows of a forward pass.
+        batch_size: rows of a forward pass, fewer where memory runs out.
     """
     stats = collect_stats(
         policy, data, objective, pad_id=pad_id, batch_size=batch_size, chunk=chunk
@@ -128,15 +129,20 @@ def collect_stats(
         shown = bar("evaluating", len(order), "rows")
         with torch.no_grad(), torch.random.fork_rng(devices=[]), shown as advance:
             torch.manual_seed(0)
-            for start in range(0, len(order), batch_size):
-                rows = [data.rows[i] for i in order[start : start + batch_size]]
+
+            width = Width(batch_size)
+
+            def run(rows: list[Mapping[str, Any]]) -> AnyStats:
                 stats = rows_stats(policy, rows, objective, device, pad_id=pad_id, chunk=chunk)
-                parts.append(stats.map(lambda _, value: value.cpu()))
-                advance(len(rows))
+                return stats.map(lambda _, value: value.cpu())
+
+            for part, stats in narrowing(policy, data.rows, order, width, run, "evaluation"):
+                parts.append(stats)
+                advance(len(part))
     finally:
         policy.train(was_training)
     back = torch.tensor(order).argsort()
-    return _cat(parts).map(lambda _, value: value[back])
+    return joined(parts).map(lambda _, value: value[back])
 
 
 def rows_stats(
@@ -255,5 +261,6 @@ def _variance(values: Array, clusters: NDArray[np.int64]) -> float:
     return float(count / (count - 1) * (sums**2).sum() / len(values) ** 2)
 
 
-def _cat(parts: Sequence[AnyStats]) -> AnyStats:
+def joined(parts: Sequence[AnyStats]) -> AnyStats:
+    """Return the statistics of several batches as those of one."""
     return type(parts[0]).cat(parts)  # type: ignore[arg-type]  # all of one kind

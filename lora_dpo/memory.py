@@ -5,7 +5,6 @@ What is changed then is exact: more is recomputed, or a step is split further. N
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,15 +17,19 @@ from lora_dpo.engine import is_flat, recompute_layers
 from lora_dpo.errors import TrainingError
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers, work_of
-from lora_dpo.metrics import peak_gib
 from lora_dpo.planning import (
     Batches,
     Plan,
+    has_several,
     largest_micro_batch,
+    make_plan,
     optimiser_bytes,
     plan_policy,
+    setting_of,
+    this_card,
 )
 from lora_dpo.randomness import random_state, restore_random
+from lora_dpo.shortage import Shortage, forget, is_out_of_memory
 from lora_dpo.stats import AnyStats
 from lora_dpo.stepping import batch_tokens
 
@@ -34,6 +37,8 @@ logger = logging.getLogger("lora_dpo")
 
 Row = Mapping[str, Any]
 Result = TypeVar("Result")
+_NO_LIMIT = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
+_FOUND = "what could be had when memory ran out"
 
 
 class Memory:
@@ -62,7 +67,9 @@ class Memory:
         self.device, self.alone, self.settings = device, alone, settings
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._optimiser = int(optimiser_bytes(settings["args"]) * trained)
-        self._no_plan = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
+        self._no_plan = _NO_LIMIT
+        self.changes: list[str] = []  # after memory ran out, in words
+        self.tell: Callable[[], None] | None = None  # when the plan has changed
         self.plan = self._planned()
         if self.plan is not None:
             how = {
@@ -71,17 +78,26 @@ class Memory:
             }
             recompute_layers(model, self.plan.recomputed, **how)
 
+    def foresee(self) -> None:
+        """Plan as well where nothing limits the memory, for the reader of a run."""
+        if self.plan is None and self._no_plan == _NO_LIMIT:
+            self.plan = self._planned(brief=True)
+
     def lines(self) -> list[str]:
         """Return the plan in sentences, where there is one."""
         return [] if self.plan is None else self.plan.lines()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values for JSON; ``not_planned`` says why there is none."""
-        return {"not_planned": self._no_plan} if self.plan is None else self.plan.to_dict()
+        """Return the plan as plain values for JSON, as it holds now.
 
-    def _planned(self) -> Plan | None:
+        ``not_planned`` says why there is none, ``changes`` what running out of memory has changed.
+        """
+        found = {"not_planned": self._no_plan} if self.plan is None else self.plan.to_dict()
+        return {**found, "changes": list(self.changes)} if self.changes else found
+
+    def _planned(self, *, brief: bool = False) -> Plan | None:
         try:
-            return plan_policy(self.model, self.rows, self.batches, **self.settings)
+            return plan_policy(self.model, self.rows, self.batches, brief=brief, **self.settings)
         except Exception as error:  # a plan is an estimate: without it the run is as good
             reason = " ".join(str(error).split())[:200]
             self._no_plan = f"{type(error).__name__}: {reason}"
@@ -96,12 +112,19 @@ class Memory:
         """
 
         def attempt() -> None:
-            rows = largest_micro_batch(self.rows, self.batches, flat=is_flat(self.model))
-            values = collect(self.model, rows).present()
+            flat = is_flat(self.model)
+            rows = largest_micro_batch(self.rows, self.batches, flat=flat)
+            # what is there in a real step from the second on: the optimiser's state, and the
+            # gradients of the micro-batches before this one
             held = torch.empty(self._optimiser, dtype=torch.uint8, device=self.device)
+            if has_several(self.rows, self.batches, flat=flat):
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+            values = collect(self.model, rows).present()
             policy = [v.sum() for name, v in values.items() if v.requires_grad and "policy" in name]
             torch.stack(policy).sum().backward()
-            del held  # what the optimiser will have allocated by the second step
+            del held
 
         was_training = self.model.training
         self.model.train()
@@ -121,32 +144,47 @@ class Memory:
         Raises:
             TrainingError: nothing is left to be spared.
         """
-        before = random_state()
+        before, tries = random_state(), 0
         while True:
             try:
                 return attempt()
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                said = " ".join(str(error).split())[:160]
+                short = Shortage.of(error, self.device)
             # Outside of the handler: its traceback keeps tensors alive.
             self.model.zero_grad(set_to_none=True)
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            change = self._shrink() if self.alone else ""
+            forget(self.device)
+            plan = self.plan
+            room = None if plan is None else plan.peak - short.missing(plan.peak)
+            change = self._shrink(room, tries) if self.alone else ""
             if not change:
-                raise TrainingError(self._too_large(what, said))
-            logger.warning("out of memory in %s (%s); from now on %s", what, said, change)
+                raise TrainingError(self._too_large(what, short))
+            tries += 1
+            logger.warning("out of memory in %s (%s); from now on %s", what, short.said, change)
+            self.changes.append(f"out of memory in {what}; from now on {change}")
+            if room is not None:
+                self.plan = self._as_it_stands(room) or plan
+            if self.tell is not None:
+                self.tell()
             restore_random(before)
 
-    def _shrink(self) -> str:
-        """Make the next exact change that takes less memory; return it in words, or nothing."""
+    def _shrink(self, room: int | None, tries: int) -> str:
+        """Make the next exact change that takes less memory; return it in words, or nothing.
+
+        Args:
+            room: bytes that a step may take by the plan's account, in which it took too many.
+            tries: changes that this step has had. At the first the plan says how many more layers are
+                recomputed; if that was wrong too, all are.
+        """
         causal = causal_lm(self.model)
         work, layers = work_of(causal), len(decoder_layers(causal))
         if work is not None and work.recomputed < layers:
-            work.recomputed = layers
-            return "all layers are recomputed"
+            count = None
+            if self.plan is not None and room is not None and tries == 0:
+                count = self.plan.bytes.fewest_recomputed(room, work.recomputed + 1)
+            work.recomputed = layers if count is None else count
+            return f"{work.recomputed} of {layers} layers are recomputed"
         if work is not None and work.keeps_weights:
             work.keeps_weights = False
             return "no plain weight waits for its second use"
@@ -167,33 +205,30 @@ class Memory:
             return f"a micro-batch has {half} rows (a step keeps its rows)"
         return ""
 
-    def _too_large(self, what: str, said: str) -> str:
-        text = f"out of memory in {what}: {said}. Nothing is lost: checkpoints are kept."
+    def _as_it_stands(self, room: int | None = None, *, remedies: bool = False) -> Plan | None:
+        """Plan the step as the model and its batches are now, in the room that was found."""
+        known = {name: self.settings[name] for name in ("args", "chunk", "with_reference")}
+        work = work_of(causal_lm(self.model))
+        how: dict[str, Any] = {"recompute": self.settings["recompute"], "room_is": _FOUND}
+        if work is not None:  # nothing is left to choose
+            how |= {"recompute": False, "least": work.recomputed, "offloaded": work.offloaded}
+        how |= {"card": this_card(self.device), "remedies": remedies, "room": room}
+        try:
+            return make_plan(setting_of(self.model, **known), self.rows, self.batches, **how)
+        except Exception as error:  # the run and its message matter more than the plan
+            logger.warning("no plan of what holds now (%s: %s)", type(error).__name__, error)
+            return None
+
+    def _too_large(self, what: str, short: Shortage) -> str:
+        text = f"out of memory in {what}: {short.said}. Nothing is lost: checkpoints are kept."
         if not self.alone:
             return f"{text} Several processes cannot change their batches alone; set smaller ones."
-        settings = {**self.settings, "budget_gib": max(peak_gib(self.device), 0.01) * 1e-3}
-        try:
-            plan = plan_policy(self.model, self.rows, self.batches, **settings)
-        except Exception:  # the message matters more than its numbers
-            plan = None
-        remedies = plan.remedies[:3] if plan is not None else ()
-        if not remedies:
+        plan = self._as_it_stands()
+        if plan is not None:
+            plan = self._as_it_stands(plan.peak - short.missing(plan.peak), remedies=True)
+        if plan is None or not plan.remedies:
             return (
                 f"{text} Nothing exact is left to be spared: take a smaller base or a larger card."
             )
-        return "\n".join([f"{text} What takes less, the cheapest first:", *map(str, remedies)])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a card or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS)
-
-
-_SIGNS = (
-    "DefaultCPUAllocator",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
+        lines = [f"{text} What takes less, the cheapest first:", *map(str, plan.remedies[:3])]
+        return "\n".join([*lines, plan.together] if plan.together else lines)

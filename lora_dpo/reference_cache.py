@@ -21,6 +21,7 @@ from lora_dpo.forward import completion_logps
 from lora_dpo.heads import home_device
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.policy import reference
+from lora_dpo.shortage import Width, narrowing
 from lora_dpo.showing import bar
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -41,8 +42,8 @@ def with_reference_logps(
         policy: whose reference it is; the result is right for any policy with the same one, and
             the trainer proves on its first rows that it is.
         data: tokenised rows.
-        batch_size: rows of a forward pass; 16-bit arithmetic moves a log-prob by some 0.1 nats
-            between batch shapes.
+        batch_size: rows of a forward pass, fewer where memory runs out; 16-bit arithmetic moves a
+            log-prob by some 0.1 nats between batch shapes.
         chunk: positions whose logits exist at one time.
     """
     table = torch.empty(len(data), len(COLUMNS[data.kind]), dtype=torch.float64)
@@ -66,17 +67,20 @@ def reference_batches(
     device = home_device(policy)
     columns = len(COLUMNS[data.kind])
     order = sorted(places, key=lambda i: sum(map(len, _token_lists(data.rows[i]))))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        batch = collate(policy, [data.rows[i] for i in part]).to(device)
+
+    def run(rows: list[Mapping[str, Any]]) -> Tensor:
+        batch = collate(policy, rows).to(device)
         with reference(policy):  # not around the yield: the caller may be gone for good
             logps = completion_logps(policy, batch, chunk=chunk)
-        found = logps.double().cpu().reshape(columns, len(part)).T
+        return logps.double().cpu().reshape(columns, len(rows)).T
+
+    what, width = "the reference's log-probs", Width(batch_size)
+    for part, found in narrowing(policy, data.rows, order, width, run, what):
         if len(part) > 1 and not bool(torch.isfinite(found).all()):
             # what is no number may reach rows beside it, which are not to blame
             yield from reference_batches(policy, data, part, batch_size=1, chunk=chunk)
         else:
-            yield part, found
+            yield list(part), found
 
 
 def with_columns(data: Tokenised, table: Tensor) -> Tokenised:

@@ -143,6 +143,7 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
             if resume and found.checkpoint is not None:
                 check_scaler(found.checkpoint, trainer.accelerator.scaler)
             add_samples(trainer, config.output, tokenizer, data.held_out)
+            trainer.memory.foresee()
         if stop_after is not None:
             trainer.add_callback(EndCallback(stop_after))
         if (start := config.model.adapter) is not None and not resume:

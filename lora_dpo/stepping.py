@@ -266,7 +266,7 @@ def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def row_length(row: Mapping[str, Any]) -> int:
     """Tokens of the longest sequence of a row, one with a mismatched completion among them."""
-    answers = [*_answers(row), row.get("mismatched_ids") or ()]
+    answers = [*answers_of(row), row.get("mismatched_ids") or ()]
     return len(row["prompt_ids"]) + max(map(len, answers))
 
 
@@ -288,7 +288,7 @@ def longest_row(rows: Any) -> int:
 
 def laid_tokens(row: Mapping[str, Any]) -> int:
     """Tokens that a row takes in a flat batch, mismatched completion included."""
-    tokens = flat_tokens(row["prompt_ids"], _answers(row))
+    tokens = flat_tokens(row["prompt_ids"], answers_of(row))
     other = row.get("mismatched_ids")
     return max(tokens, flat_tokens(row["prompt_ids"], [other])) if other else tokens
 
@@ -297,21 +297,22 @@ def batch_tokens(rows: Sequence[Mapping[str, Any]], flat: bool) -> int:
     """Tokens of a micro-batch, as it is laid out: each row's own, or all as long as the longest."""
     if flat:
         return sum(map(laid_tokens, rows))
-    return max(map(row_length, rows)) * sum(len(_answers(row)) for row in rows)
+    return max(map(row_length, rows)) * sum(len(answers_of(row)) for row in rows)
 
 
 def row_tokens(row: Mapping[str, Any]) -> int:
     """Tokens of all sequences of a row."""
-    answers = _answers(row)
+    answers = answers_of(row)
     return len(row["prompt_ids"]) * len(answers) + sum(map(len, answers))
 
 
 def counted_tokens(row: Mapping[str, Any]) -> int:
     """Completion tokens by which a row counts in a mean over tokens."""
-    return len(_answers(row)[0])
+    return len(answers_of(row)[0])
 
 
-def _answers(row: Mapping[str, Any]) -> list[Sequence[int]]:
+def answers_of(row: Mapping[str, Any]) -> list[Sequence[int]]:
+    """Return the completions of a row that are trained on."""
     if "chosen_ids" in row:
         return [row["chosen_ids"], row["rejected_ids"]]
     return [row["completion_ids"]]

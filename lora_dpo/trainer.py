@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from lora_dpo.callbacks import (
 )
 from lora_dpo.engine import Engine, choose_engine, has_fast_layers, is_flat
 from lora_dpo.errors import DataError, TrainingError
-from lora_dpo.evaluation import evaluate_stats, rows_stats, tell_of_gaps
+from lora_dpo.evaluation import evaluate_stats, joined, rows_stats, tell_of_gaps
 from lora_dpo.heads import base_dtype, check_head
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.memory import Memory
@@ -50,6 +51,7 @@ from lora_dpo.ranks import (
 from lora_dpo.reference_cache import check_known_reference, without_known_reference
 from lora_dpo.reference_store import stored_rows
 from lora_dpo.resuming import ResumableTrainer
+from lora_dpo.shortage import Width, narrowing
 from lora_dpo.starting import start_lines
 from lora_dpo.stats import AnyStats, reference_logps, stats_of
 from lora_dpo.stepping import (
@@ -168,7 +170,7 @@ class PreferenceTrainer(ResumableTrainer):
             compute_metrics=self._held_out_metrics,
             callbacks=[*self._own_callbacks(), *callbacks],
         )
-        self.label_names = []
+        self.label_names, self._eval_width = [], Width(self.args.eval_batch_size)
         self.display = put_display(self)
         check_head(self.model)
         longest = max(longest_row(data.rows) for data in (train, held_out) if data)
@@ -259,8 +261,14 @@ class PreferenceTrainer(ResumableTrainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Return per-row statistics in place of logits, those of all processes in the rows' order."""
         rows, width = inputs["rows"].rows, self.args.eval_batch_size
+
+        def run(own: Sequence[Any]) -> Mapping[str, Tensor]:
+            call, places = partial(self._stats, model), range(len(own))
+            found = narrowing(model, own, places, self._eval_width, call, "evaluation")
+            return joined([stats for _, stats in found]).present()
+
         with torch.no_grad():
-            found = of_all(rows, width, lambda own: self._stats(model, own).present())
+            found = of_all(rows, width, run)
         self._statistics = list(found)
         table = torch.stack([value.double() for value in found.values()], dim=1)
         keys = [int(row["prompt_key"][:12], 16) for row in rows]
@@ -317,7 +325,9 @@ class PreferenceTrainer(ResumableTrainer):
         stats = self._probe()
         scale = max(map(abs, self._check_logps), default=0.0)
         lines = start_lines(self.model, self.objective, self.states, stats, scale)
-        told = [] if getattr(self.engine, "warns", False) else [self.engine]  # a warning is told already
+        told = (
+            [] if getattr(self.engine, "warns", False) else [self.engine]
+        )  # a warning is told already
         return [*told, *self.memory.lines(), *self._kept_lines, *lines]
 
     @property

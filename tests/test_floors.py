@@ -25,7 +25,7 @@ FLOORS = {
     "guards": 6, "moving_reference": 6, "passes": 6, "proving": 6, "reference_cache": 6, "run_folder": 6,
     "memory": 6, "planning": 6, "reference_store": 6, "starting": 6, "stepping": 6, "trainer": 6, "run": 6,
     "determinism": 6, "reproducing": 6, "restarting": 6, "resuming": 6, "surroundings": 6,
-    "reporting": 6, "watching": 6, "judging": 6, "scoring": 6, "comparing": 6, "prompts": 6,
+    "shortage": 6, "reporting": 6, "watching": 6, "judging": 6, "scoring": 6, "comparing": 6, "prompts": 6,
     "cli": 7, "__init__": 7, "__main__": 7, "quickstart": 7,
 }  # fmt: skip
 HOMES = {

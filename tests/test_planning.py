@@ -24,6 +24,7 @@ from lora_dpo.forward import both_logps
 from lora_dpo.planning import Batches, Lengths, Setting, card_of, largest_micro_batch, measure
 from lora_dpo.planning.measuring import run
 from lora_dpo.planning.plans import make_plan
+from lora_dpo.planning.remedies import _Asked, _shorter_rows
 from lora_dpo.policy import load_policy, peft_config
 from lora_dpo.trainer import PreferenceTrainer
 from tests.allocating import peak_allocated
@@ -251,6 +252,43 @@ def test_each_remedy_spares_what_it_says() -> None:
     for name, smaller in expected.items():
         assert remedies[name].spared == pytest.approx(plan.peak - smaller, abs=4), name
     assert remedies["lora.rank"].spared > 0
+    assert (
+        not any(remedy.fits for remedy in plan.remedies) and "do not make it fit" in plan.together
+    )
+    names = [remedy.change.split(":")[0] for remedy in plan.remedies]
+    assert names.index("train.optim") > names.index("train.per_device_train_batch_size")
+    assert names[-2:] == ["data.max_length", "lora.rank"] and plan.remedies[-2].dropped == 1
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_librarys_layers_are_planned_all_or_nothing_as_the_arguments_say(
+    wide_model: Path, preferences: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    settings = {"engine": "plain", "gradient_checkpointing": checkpointing}
+    config = _config(wide_model, preferences, tmp_path, memory_budget_gib=10, **settings)
+    plan = lora_dpo.plan(config)
+    assert plan.fits and plan.recomputed == (5 if checkpointing else 0)
+    assert "engine: the library's layers, padded rows" in str(plan)
+    assert plan.to_dict()["parameters"]["trained"] == plan.bytes.trained
+
+
+def test_rows_beyond_a_limit_are_those_that_are_counted_as_dropped() -> None:
+    """The longest by what max_length bounds is not the longest by what it takes laid flat."""
+    setting = Setting(LlamaConfig(**WIDE), peft_config(LORA), dtype=torch.float32, chunk=64)
+    rows = [
+        _row(280, 10, 5),
+        _row(40, 190, 190),
+        _row(30, 20, 10),
+    ]  # 290, 230, 50; laid 293, 417, 58
+    found = dict(_of_length(rows))
+    assert found == {"data.max_length: 230": 1}
+    asked = _Asked(setting, rows, Batches(1), True)
+    (change,) = _shorter_rows(rows)
+    assert change.make(asked).rows == rows[1:]
+
+
+def _of_length(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(change.words, change.dropped) for change in _shorter_rows(rows)]
 
 
 def test_a_plan_needs_no_weights(wide_model: Path, preferences: Path, tmp_path: Path) -> None:
@@ -327,12 +365,14 @@ def tokens(wide_model: Path, preferences: Path) -> Tokenised:
     )
 
 
-def _trainer(model: Path, rows: Tokenised, folder: Path, **options: Any) -> PreferenceTrainer:
+def _trainer(
+    model: Path, rows: Tokenised, folder: Path, *, recompute: bool = True, **options: Any
+) -> PreferenceTrainer:
     torch.manual_seed(0)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=2, save_strategy="no", report_to=[], use_cpu=True,
         per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
-        logging_steps=1, **{_checkpointing_name(): True},
+        logging_steps=1, **{_checkpointing_name(): recompute},
     )  # fmt: skip
     return PreferenceTrainer(load_policy(model, lora=LORA), args=args, train_data=rows, **options)
 
@@ -391,13 +431,15 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_less_and_no_number_chan
 def test_a_shortage_that_nothing_mends_is_an_error_with_remedies_and_numbers(
     wide_model: Path, tokens: Tokenised, tmp_path: Path
 ) -> None:
-    trainer = _trainer(wide_model, tokens, tmp_path)
+    trainer = _trainer(wide_model, tokens, tmp_path, recompute=False)
     _Shortage(trainer.model, limit=10)
     with pytest.raises(TrainingError) as error:
         trainer.train()
     text = str(error.value)
     assert "out of memory in the longest micro-batch" in text and text.count("GiB less") == 3
     assert trainer.memory.batches.micro_batch == 1
+    assert "gradient_checkpointing" not in text  # all layers are recomputed by then
+    assert "make it fit" in text or "fits by itself" in text
 
 
 def test_another_error_is_not_taken_for_a_shortage(

@@ -19,7 +19,7 @@ from lora_dpo.engine import is_flat, obstacle
 from lora_dpo.errors import LoraDpoError, ModelError
 from lora_dpo.guards import check_context
 from lora_dpo.heads import base_dtype, causal_lm, home_device
-from lora_dpo.layers import work_of
+from lora_dpo.layers import take, work_of
 from lora_dpo.planning.cards import GIB, RESERVED, Card, card_of, this_card
 from lora_dpo.planning.imagined import imagined_policy, imagining
 from lora_dpo.planning.measuring import Setting, of_depth
@@ -61,6 +61,7 @@ class Question:
     room_is: str
     recompute: bool
     card: Card | None
+    engine: str = ""
 
     def answer(self, *, remedies: bool = True) -> Plan:
         """Return the plan.
@@ -72,7 +73,7 @@ class Question:
             ModelError: a model whose step cannot be run without its weights.
         """
         options: Any = {"room": self.room, "room_is": self.room_is, "recompute": self.recompute}
-        options |= {"card": self.card, "remedies": remedies}
+        options |= {"card": self.card, "remedies": remedies, "engine": self.engine}
         with _imagined(self.base):
             return make_plan(self.setting, self.rows, self.batches, **options)
 
@@ -139,9 +140,10 @@ def question_of(
     with _imagined(config.model.base):
         longest = max(map(row_length, rows))
         check_positions(architecture, longest)
-        setting = _as_the_engine_would(setting, config.train.engine, longest)
+        setting, engine = _as_the_engine_would(setting, config.train.engine, longest)
     recompute = recomputes(arguments)
-    return Question(config.model.base, setting, rows, batches, room, words, recompute, card)
+    asked = (config.model.base, setting, rows, batches, room, words, recompute, card, engine)
+    return Question(*asked)
 
 
 @contextmanager
@@ -182,17 +184,41 @@ def plan_policy(
     with_reference: bool,
     recompute: bool,
     budget_gib: float | None = None,
+    brief: bool = False,
 ) -> Plan | None:
-    """Plan the training of a policy as it stands; None where nothing limits its memory."""
+    """Plan the training of a policy as it stands.
+
+    Args:
+        policy: with its engine chosen; what its layers do already to spare memory they will go on with.
+        rows, batches: of training.
+        args: ``TrainingArguments``, which say how large the optimiser's state is.
+        chunk, with_reference: as in ``Setting``.
+        recompute: whether layers may be recomputed.
+        budget_gib: memory that training may take; that of the card if left out.
+        brief: plan as well where nothing limits the memory, in half of the time.
+
+    Returns:
+        The plan; None where nothing limits the memory, unless ``brief``.
+    """
     device = home_device(policy)
     card = this_card(device)
+    room: int | None = None
+    words = ""
     if budget_gib is not None:
         room, words = int(budget_gib * GIB), "train.memory_budget_gib"
     elif card is not None:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         room, words = int(free - RESERVED / 2), card.name
-    else:
+    elif not brief:
         return None
+    setting = setting_of(policy, args=args, chunk=chunk, with_reference=with_reference)
+    options: dict[str, Any] = {"recompute": recompute, "card": card, "brief": brief}
+    return make_plan(setting, rows, batches, room=room, room_is=words, **options)
+
+
+def setting_of(policy: nn.Module, *, args: Any, chunk: int, with_reference: bool) -> Setting:
+    """Return what decides the bytes of a policy's step, as it stands; see ``plan_policy``."""
+    device = home_device(policy)
     model, causal = unwrap(policy), causal_lm(policy)
     work = work_of(causal)
     stored = getattr(causal.config, "quantization_config", None)
@@ -202,7 +228,7 @@ def plan_policy(
     place = getattr(embeddings, "original_module", embeddings).weight.device
     lora: Any = model.peft_config[policy_adapter(model)]
     _refuse_what_depth_changes(lora)
-    setting = Setting(
+    return Setting(
         causal.config,
         lora,
         dtype=base_dtype(policy),
@@ -211,6 +237,7 @@ def plan_policy(
         flat=is_flat(policy),
         fast=work is not None,
         skips_last=work is not None and work.skips_last,
+        keeps_weights=work is None or work.keeps_weights,
         with_reference=with_reference,
         chunk=chunk,
         optimiser=optimiser_bytes(args),
@@ -218,8 +245,6 @@ def plan_policy(
         beside=getattr(model.peft_config.get(REFERENCE), "r", 0) / lora.r,
         shards=processes() if is_sharded(policy) else 1,
     )
-    options: dict[str, Any] = {"recompute": recompute, "card": card}
-    return make_plan(setting, rows, batches, room=room, room_is=words, **options)
 
 
 def optimiser_bytes(args: Any) -> float:
@@ -228,10 +253,10 @@ def optimiser_bytes(args: Any) -> float:
     return next((size for part, size in _STATES if part in name), 8.0)
 
 
-def _as_the_engine_would(setting: Setting, engine: str, longest: int) -> Setting:
-    """Say what ``choose_engine`` would take, as far as that is known without weights."""
+def _as_the_engine_would(setting: Setting, engine: str, longest: int) -> tuple[Setting, str]:
+    """Say what ``choose_engine`` would take, as far as that is known without weights, and why."""
     if engine == "plain":
-        return replace(setting, flat=False, fast=False)
+        return replace(setting, flat=False, fast=False), "train.engine: plain"
     with imagining():
         policy = imagined_policy(
             of_depth(setting.architecture, 1),
@@ -240,10 +265,14 @@ def _as_the_engine_would(setting: Setting, engine: str, longest: int) -> Setting
             quantisation=setting.quantisation,
             double=setting.double,
         )
-        flat = not obstacle(policy, longest)
+        reason = obstacle(policy, longest)
         # a norm behind the MLP reads what it returns
         read = any("post_feedforward" in name for name, _ in policy.named_modules())
-    return replace(setting, flat=flat, skips_last=not read)
+        taken = take(policy)
+    whys = [f"no flat rows: {reason}"] if reason else []
+    whys += [f"not {', '.join(taken.obstacles)}"] if taken.obstacles else []
+    why = "; ".join([*whys, "from the config alone: training proves it at its start"])
+    return replace(setting, flat=not reason, fast=bool(taken), skips_last=not read), why
 
 
 def _dtype(asked: str, card: Card | None, *, given: bool) -> torch.dtype:

@@ -15,6 +15,7 @@ from lora_dpo.errors import ConfigError, nearest
 
 GIB = 2**30
 RESERVED = 0.8 * GIB  # the driver's context, and what the allocator cannot use
+LINK = 16e9  # bytes a second between a card and the CPU: two thirds of what PCIe 4.0 promises
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from lora_dpo.planning.imagined import (
     masks_as_of,
     use_stand_ins,
 )
+from lora_dpo.planning.operations import weights_at_work
 
 Row = Mapping[str, Any]
 DEPTHS = (2, 3)
@@ -89,7 +90,10 @@ class Found:
     head: int
     adapters: int
     trained: int  # weights that are trained, counted, not bytes
-    linears: int  # weights of linear layers beside the head, counted
+    base: int  # weights of the base, counted
+    linears: int  # those of ``operations.weights_at_work``
+    last: int
+    lora: int
     quantised: int
     kept: int  # what waits for backward at the end of the forward pass
     forward: int  # most beyond the static ones, in the forward pass
@@ -112,7 +116,8 @@ class Bytes:
         in_flight: most beyond what is kept while a recomputed layer runs backward.
         in_flight_kept: the same of a layer that is not recomputed.
         layers: how many there are.
-        linears, trained: weights of linear layers beside the head, and trained ones: counted.
+        base, trained: weights of the base and trained ones, counted.
+        linears, last, lora: weights that work on each token, as in ``operations.Shape``.
     """
 
     quantised: int
@@ -130,8 +135,11 @@ class Bytes:
     in_flight: int
     in_flight_kept: int
     layers: int
-    linears: int
+    base: int
     trained: int
+    linears: int
+    last: int
+    lora: int
 
     @property
     def static(self) -> int:
@@ -139,30 +147,65 @@ class Bytes:
         weights = self.quantised + self.unquantised + self.adapters
         return weights + self.gradients + self.optimiser
 
+    def moments(self, recomputed: int) -> dict[str, dict[str, int]]:
+        """Return the bytes beyond the static ones when most are there, by moment and by part.
+
+        Args:
+            recomputed: layers that are, the first ones.
+        """
+        kept = self.layers - recomputed
+        checkpoints = {"checkpoints": recomputed * self.recomputed}
+        waiting = {**checkpoints, "kept activations": kept * self.kept}
+        waiting["beside the layers"] = self.waiting_kept if kept else self.waiting
+        found = {"the head": {**waiting, "head in flight": self.head}}
+        if kept:
+            found["a kept layer's backward"] = {**waiting, "layer in flight": self.in_flight_kept}
+        if recomputed:  # those that were kept have run backward by then
+            beside = {"beside the layers": self.waiting, "layer in flight": self.in_flight}
+            found["a recomputed layer's backward"] = {**checkpoints, **beside}
+        if not self.gradients:
+            found["the end of backward"] = {"gradients": 4 * self.trained}
+        return found
+
+    def at_the_peak(self, recomputed: int) -> tuple[str, dict[str, int]]:
+        """Return the moment of ``moments`` that takes most, with its parts."""
+        return max(self.moments(recomputed).items(), key=lambda found: sum(found[1].values()))
+
     def activations(self, recomputed: int) -> int:
         """Most bytes beyond the static ones, with so many layers recomputed, the first ones."""
-        kept = self.layers - recomputed
-        beside = self.waiting_kept if kept else self.waiting
-        waiting = beside + recomputed * self.recomputed + kept * self.kept
-        moments = [waiting + self.head]
-        if kept:
-            moments.append(waiting + self.in_flight_kept)
-        if recomputed:
-            moments.append(self.waiting + recomputed * self.recomputed + self.in_flight)
-        return max(moments)
+        return sum(self.at_the_peak(recomputed)[1].values())
 
     def peak(self, recomputed: int | None = None) -> int:
         """Most bytes at one time in a step, with so many layers recomputed; all, if left out."""
-        after = 0 if self.gradients else 4 * self.trained  # they are there when backward ends
         layers = self.layers if recomputed is None else recomputed
-        return self.static + max(self.activations(layers), after)
+        return self.static + self.activations(layers)
 
-    def fewest_recomputed(self, room: int) -> int | None:
-        """Return how few layers must be recomputed to stay within ``room`` bytes; None: too many."""
-        return next((n for n in range(self.layers + 1) if self.peak(n) <= room), None)
+    def fewest_recomputed(self, room: int, least: int = 0) -> int | None:
+        """Return how few layers must be recomputed to stay within ``room`` bytes; None: too many.
+
+        Args:
+            room: bytes.
+            least: layers that are recomputed in any case.
+        """
+        return next((n for n in range(least, self.layers + 1) if self.peak(n) <= room), None)
+
+    def offloaded(self) -> Bytes:
+        """Return the same with the inputs of recomputed layers in the memory of the CPU.
+
+        Two of them are on their way at any time, whether all layers are recomputed or some.
+        """
+        way = 2 * self.recomputed
+        waiting, kept = self.waiting + way, self.waiting_kept + way
+        return replace(self, waiting=waiting, waiting_kept=kept, recomputed=0)
 
 
-def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) -> Bytes:
+def measure(
+    setting: Setting,
+    rows: Sequence[Row],
+    *,
+    accumulates: bool = True,
+    recomputes: bool | None = None,
+) -> Bytes:
     """Return the bytes of a step whose largest micro-batch is ``rows``.
 
     Args:
@@ -170,11 +213,12 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
         rows: tokenised rows of one micro-batch.
         accumulates: whether a step has several micro-batches, so that gradients of the earlier ones
             are there while the last one runs.
+        recomputes: measure but one way, in half of the time: what is said of the other is not right.
     """
     small, large = DEPTHS
     asked = _Asked(_told(setting, rows), setting, rows)
-    again = {depth: _run_once(asked, depth, recomputes=True) for depth in DEPTHS}
-    once = {depth: _run_once(asked, depth, recomputes=False) for depth in DEPTHS}
+    ways = (True, False) if recomputes is None else (recomputes, recomputes)
+    again, once = ({d: _run_once(asked, d, recomputes=way) for d in DEPTHS} for way in ways)
 
     def slope(name: str, found: dict[int, Found]) -> int:
         values = [getattr(found[depth], name) for depth in DEPTHS]
@@ -206,8 +250,7 @@ def measure(setting: Setting, rows: Sequence[Row], *, accumulates: bool = True) 
         in_flight=again[large].peak - again[large].kept,
         in_flight_kept=once[large].peak - once[large].kept,
         layers=setting.layers,
-        linears=at_depth("linears"),
-        trained=at_depth("trained"),
+        **{name: at_depth(name) for name in ("base", "trained", "linears", "last", "lora")},
     )
 
 
@@ -232,7 +275,7 @@ def _told(setting: Setting, rows: Sequence[Row]) -> str:
     return repr((others, [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]))
 
 
-@lru_cache(maxsize=16)  # a plan tries one setting with other batches, optimisers and room
+@lru_cache(maxsize=64)  # a plan tries one setting with other batches, optimisers and room
 def _run_once(asked: _Asked, depth: int, *, recomputes: bool) -> Found:
     return run(asked.setting, asked.rows, depth, recomputes=recomputes)
 
@@ -249,6 +292,7 @@ def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) 
             quantisation=setting.quantisation,
             double=setting.double,
         ).train()
+        weights = _weights(policy)
         _prepare(policy, setting, depth if recomputes else 0)
         ledger = Ledger()
         for tensor in [*policy.parameters(), *policy.buffers()]:
@@ -265,7 +309,7 @@ def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) 
             kept, forward = ledger.now - static, ledger.peak - static
             loss.backward()
         return Found(
-            **_weights(policy),
+            **weights,
             static=static,
             kept=kept,
             forward=forward,
@@ -298,14 +342,19 @@ def _weights(policy: Any) -> dict[str, int]:
         "head": 0 if head.weight is embeddings.weight else _bytes(head),
         "adapters": sum(p.nbytes for p in trained),
         "trained": sum(p.numel() for p in trained),
-        "linears": sum(_of_linear(module) for module in policy.modules() if module is not head),
+        "base": sum({k: n for m in causal.modules() for k, n in _counted(m).items()}.values()),
         "quantised": sum(_bytes(module) for module in packed),
+        **weights_at_work(policy),
     }
 
 
-def _of_linear(module: Any) -> int:
-    plain = isinstance(module, nn.Linear) and not module.weight.requires_grad
-    return module.in_features * module.out_features if plain else 0
+def _counted(module: Any) -> dict[int, int]:
+    """Count a module's own frozen weights, packed ones as what they stand for; shared ones once."""
+    own = module.parameters(recurse=False)
+    found = {id(p): p.numel() for p in own if not p.requires_grad}
+    if isinstance(module, Linear4bit):
+        found[id(module.weight)] = module.in_features * module.out_features
+    return found
 
 
 def _bytes(module: nn.Module) -> int:

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lora_dpo.planning.cards import GIB, Card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
+from lora_dpo.planning.operations import (
+    Shape,
+    Tokens,
+    has_several,
+    micro_batches,
+    operations,
+    plain_bytes,
+    rows_of_a_step,
+)
 from lora_dpo.showing import Told
-from lora_dpo.stepping import Batches, batch_tokens, laid_tokens
+from lora_dpo.stepping import Batches
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that takes less memory: the setting, the bytes that it spares, and what it costs."""
+    """A change that takes less memory.
+
+    Attributes:
+        change: the setting.
+        spared: bytes, with as many layers recomputed as before (where they can be, all).
+        cost: in words.
+        lost: share of the time of a step that it costs, as far as rates are known; negative where
+            the room that it makes lets more layers be kept.
+        dropped: rows that are no longer trained on.
+        fits: whether it makes the step fit by itself.
+    """
 
     change: str
     spared: int
     cost: str
+    lost: float | None = None
+    dropped: int = 0
+    fits: bool = False
 
     def __str__(self) -> str:
-        return f"{self.change}: {self.spared / GIB:.2f} GiB less; {self.cost}"
+        enough = "fits by itself" if self.fits else "not enough by itself"
+        return f"{self.change}: {self.spared / GIB:.2f} GiB less; {self.cost}; {enough}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,6 +66,11 @@ class Plan(Told):
         seconds: of an optimiser step at the full rate of the card: a floor, not an estimate; None
             where no rate is known.
         remedies: what to change, the cheapest first, where it does not fit.
+        together: which of them make it fit, where none does alone.
+        recompute: whether layers may be recomputed.
+        card: whose rates the time is computed with.
+        step: tokens of a mean step, and ``pieces``, its micro-batches.
+        engine: why layers and layout are what they are, where that is decided from the config alone.
     """
 
     bytes: Bytes
@@ -55,6 +83,12 @@ class Plan(Told):
     offloaded: bool = False
     seconds: float | None = None
     remedies: tuple[Remedy, ...] = ()
+    together: str = ""
+    recompute: bool = True
+    card: Card | None = None
+    step: Tokens = field(default_factory=lambda: Tokens(0, 0, 0))
+    pieces: float = 1.0
+    engine: str = ""
 
     @property
     def title(self) -> str:
@@ -73,12 +107,18 @@ class Plan(Told):
         """Whether the peak stays within the room; None where there is no limit."""
         return None if self.room is None else self.peak <= self.room
 
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of a mean step, as few as can be."""
+        s, again = self.setting, self.recomputed / self.bytes.layers
+        skips, int8 = s.fast and s.skips_last, s.quantisation == "int8"
+        how: Any = {"reference": float(s.with_reference), "again": again}
+        return operations(shape_of(s, self.bytes), self.step, skips_last=skips, int8=int8, **how)
+
     def parts(self) -> dict[str, int]:
         """Return the bytes of the peak by part."""
         b = self.bytes
-        waiting = b.waiting_kept if self.recomputed < b.layers else b.waiting
-        kept = self.recomputed * b.recomputed + (b.layers - self.recomputed) * b.kept
-        return {
+        found = {
             "quantised weights": b.quantised,
             "embeddings": b.embeddings,
             "head": b.head_weight,
@@ -86,45 +126,72 @@ class Plan(Told):
             "adapters": b.adapters,
             "gradients": b.gradients,
             "optimiser": b.optimiser,
-            "kept for backward": waiting + kept,
-            "in flight at the peak": self.peak - b.static - waiting - kept,
         }
+        for name, size in b.at_the_peak(self.recomputed)[1].items():
+            found[name] = found.get(name, 0) + size
+        return found
+
+    def moments(self) -> dict[str, int]:
+        """Return the bytes at each moment of a step that can be the peak, in words."""
+        found = self.bytes.moments(self.recomputed)
+        return {name: self.bytes.static + sum(parts.values()) for name, parts in found.items()}
 
     def lines(self) -> list[str]:
         """Return the plan in sentences."""
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size)
-        layers = f"{self.recomputed} of {self.bytes.layers} layers recomputed"
-        layers += " from inputs in the memory of the CPU" if self.offloaded else ""
         found = [
             f"data: {self.lengths.line()}",
-            f"plan: peak {self.peak / GIB:.2f} GiB of tensors with {layers}",
-            f"plan, GiB: {parts}",
+            f"model: {self.bytes.base:,} weights, and {self.bytes.trained:,} that are trained",
         ]
+        if self.engine:
+            layers = "fast layers" if self.setting.fast else "the library's layers"
+            rows = "rows end to end, prompts shared" if self.setting.flat else "padded rows"
+            found.append(f"engine: {layers}, {rows} ({self.engine})")
+        layers = f"{self.recomputed} of {self.bytes.layers} layers recomputed"
+        layers += " from inputs in the memory of the CPU" if self.offloaded else ""
+        found.append(f"plan: peak {self.peak / GIB:.2f} GiB of tensors with {layers}")
+        found.append(f"plan, GiB: {_sizes(self.parts())}")
+        found.append(f"plan, GiB at each moment that can be the peak: {_sizes(self.moments())}")
         if self.seconds is not None:
             found.append(
-                f"plan: a step takes at least {self.seconds:.2f} s (every operation at the card's "
-                "full rate)"
+                f"plan: a step takes at least {self.seconds:.2f} s ({self.operations / 1e12:.4g} "
+                "TFLOP at the card's full rate, and every weight's way)"
             )
         if self.fits is not None:
             verdict = "fits" if self.fits else "does NOT fit"
             found.append(f"plan: {verdict} into {self.room_is}, {(self.room or 0) / GIB:.2f} GiB")
-        return [*found, *(f"  {remedy}" for remedy in self.remedies)]
+        found += [f"  {remedy}" for remedy in self.remedies]
+        return [*found, f"  {self.together}"] if self.together else found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
             "peak_bytes": self.peak,
+            "parameters": {"base": self.bytes.base, "trained": self.bytes.trained},
+            "engine": {
+                "layers": "fast" if self.setting.fast else "library",
+                "rows": "flat" if self.setting.flat else "padded",
+                "why": self.engine,
+            },
             "parts": self.parts(),
+            "moments": self.moments(),
             "layers": self.bytes.layers,
             "recomputed_layers": self.recomputed,
             "offloaded": self.offloaded,
+            "keeps_weights": self.setting.keeps_weights,
+            "batches": asdict(self.batches),
             "lengths": asdict(self.lengths),
             "room_bytes": self.room,
             "room_is": self.room_is,
             "fits": self.fits,
             "seconds_floor": self.seconds,
+            "operations_floor": self.operations,
             "remedies": [asdict(remedy) for remedy in self.remedies],
+            "together": self.together,
         }
+
+
+def _sizes(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
 
 
 def make_plan(
@@ -137,6 +204,11 @@ def make_plan(
     recompute: bool = True,
     card: Card | None = None,
     remedies: bool = True,
+    least: int = 0,
+    offloaded: bool = False,
+    engine: str = "",
+    brief: bool = False,
+    change: Callable[[Bytes], Bytes] = lambda found: found,
 ) -> Plan:
     """Measure a step on fake tensors and decide how many layers are recomputed.
 
@@ -145,113 +217,102 @@ def make_plan(
         rows: tokenised rows.
         batches: how rows become steps.
         room, room_is: bytes that it may take, and what limits it.
-        recompute: whether layers may be recomputed: as few as fit; all where nothing limits it.
+        recompute: whether layers may be recomputed. Fast ones: as few as fit; all where nothing
+            limits it. The library's: all.
         card: whose rates the time is computed with.
         remedies: whether to look for them where it does not fit.
+        least: layers that are recomputed in any case.
+        offloaded: whether inputs of layers wait in the CPU's memory in any case.
+        engine: why layers and layout are what they are.
+        brief: measure, where there is nothing to choose, that way alone, in half of the time.
+        change: what to make of the bytes that were measured.
     """
+    from lora_dpo.planning.remedies import remedied
+
     largest = largest_micro_batch(rows, batches, flat=setting.flat)
-    accumulates = batches.accumulated > 1
-    found = measure(setting, largest, accumulates=accumulates)
-    layers, offloaded = found.layers if recompute else 0, False
-    if room is not None and recompute:
-        fewest = found.fewest_recomputed(room)
-        if fewest is None and setting.fast and setting.keeps_weights:
-            # a layer's plain weights are made again for their second use
-            setting = replace(setting, keeps_weights=False)
-            found = measure(setting, largest, accumulates=accumulates)
-            fewest = found.fewest_recomputed(room)
-        if fewest is None and setting.fast and card is not None:
-            # the inputs of layers wait in the CPU's memory; two of them are on their way
-            found = replace(found, waiting=found.waiting + 2 * found.recomputed, recomputed=0)
-            offloaded, fewest = True, found.fewest_recomputed(room)
-        if fewest is not None:
-            layers = fewest if setting.fast else found.layers * (fewest > 0)
-    lengths = Lengths.of(rows, batches.micro_batch)
-    plan = Plan(found, setting, batches, lengths, room, room_is, layers, offloaded)
-    plan = replace(plan, seconds=_seconds(plan, card))
-    if plan.fits is not False or not remedies:
-        return plan
-    return replace(plan, remedies=_remedies(plan, rows))
+    several = has_several(rows, batches, flat=setting.flat)
+    way = None if setting.fast and not (brief and room is None) else recompute
 
+    def measured(setting: Setting) -> Bytes:
+        found = change(measure(setting, largest, accumulates=several, recomputes=way))
+        return found.offloaded() if offloaded else found
 
-def _remedies(plan: Plan, rows: Sequence[Row]) -> tuple[Remedy, ...]:
-    """Return what makes a plan fit, the cheapest first."""
-    setting, batches, now = plan.setting, plan.batches, plan.peak
-    found: list[Remedy] = []
-
-    def spare(change: str, cost: str, other: Bytes, recomputed: int | None = None) -> None:
-        spared = now - other.peak(recomputed)
-        if spared > 0:
-            found.append(Remedy(change, spared, cost))
-
-    def measured(few: Sequence[Row], other: Setting = setting) -> Bytes:
-        return measure(other, few, accumulates=batches.accumulated > 1)
-
-    if plan.recomputed < plan.bytes.layers:
-        cost = "a third more computing"
-        spare("train.gradient_checkpointing: true", cost, plan.bytes)
-    if batches.micro_batch > 1 or batches.max_tokens:
-        one = largest_micro_batch(rows, Batches(1), flat=setting.flat)
-        change = "train.per_device_train_batch_size: 1 (and as many more accumulation steps)"
-        if batches.max_tokens:
-            change = f"train.max_tokens_per_batch: {batch_tokens(one, setting.flat)}"
-        spare(change, "no number changes; smaller matrix products", measured(one))
-    if not setting.embeddings_on_cpu and not _tied(setting) and plan.bytes.embeddings:
-        other = replace(plan.bytes, unquantised=plan.bytes.unquantised - plan.bytes.embeddings)
-        cost = "exact; a small copy in every micro-batch"
-        spare("model.embeddings_on_cpu: true", cost, other, plan.recomputed)
-    if setting.optimiser > 2:
-        other = replace(plan.bytes, optimiser=2 * plan.bytes.trained)
-        spare(
-            "train.optim: adamw_8bit", "an approximation of AdamW's state", other, plan.recomputed
-        )
-    ordered = sorted(rows, key=laid_tokens)
-    nine_tenths = ordered[: max(1, len(ordered) * 9 // 10)]
-    if laid_tokens(nine_tenths[-1]) < laid_tokens(ordered[-1]):
-        limit = plan.lengths.ninth
-        few = largest_micro_batch(nine_tenths, batches, flat=setting.flat)
-        cost = (
-            f"{len(ordered) - len(nine_tenths)} of {len(ordered)} rows are dropped (data.overflow)"
-        )
-        spare(f"data.max_length: {limit}", cost, measured(few))
-    if setting.lora.r > 8:
-        other = _with_less(plan.bytes, 8 / setting.lora.r)
-        spare("lora.rank: 8", "fewer weights are trained", other, plan.recomputed)
-    return tuple(found)
-
-
-def _with_less(found: Bytes, share: float) -> Bytes:
-    return replace(
+    if recompute and room is not None and setting.fast:
+        aside = card is not None and not offloaded
+        setting, found, layers, moved = _as_few_as_fit(setting, measured, room, least, aside=aside)
+        offloaded = offloaded or moved
+    else:
+        found = measured(setting)
+        layers = found.layers if recompute else least
+    plan = Plan(
         found,
-        adapters=int(found.adapters * share),
-        gradients=int(found.gradients * share),
-        optimiser=int(found.optimiser * share),
+        setting,
+        batches,
+        Lengths.of(rows, batches.micro_batch),
+        room,
+        room_is,
+        layers,
+        offloaded,
+        recompute=recompute,
+        card=card,
+        step=_mean_step(rows, batches, setting, shape_of(setting, found).window),
+        pieces=micro_batches(rows, batches, flat=setting.flat),
+        engine=engine,
     )
+    plan = replace(plan, seconds=_seconds(plan))
+    return remedied(plan, rows) if remedies and plan.fits is False else plan
 
 
-def _tied(setting: Setting) -> bool:
-    return bool(getattr(setting.architecture.get_text_config(), "tie_word_embeddings", False))
+def _as_few_as_fit(
+    setting: Setting, measured: Callable[[Setting], Bytes], room: int, least: int, *, aside: bool
+) -> tuple[Setting, Bytes, int, bool]:
+    """Return how fast layers fit into a room: setting, bytes, layers recomputed, whether offloaded."""
+    found = measured(setting)
+    fewest = found.fewest_recomputed(room, least)
+    if fewest is None and setting.keeps_weights:
+        # a layer's plain weights are made again for their second use
+        setting = replace(setting, keeps_weights=False)
+        found = measured(setting)
+        fewest = found.fewest_recomputed(room, least)
+    moved = fewest is None and aside
+    if moved:  # the inputs of layers wait in the CPU's memory
+        found = found.offloaded()
+        fewest = found.fewest_recomputed(room, least)
+    return setting, found, found.layers if fewest is None else fewest, moved
 
 
-def _seconds(plan: Plan, card: Card | None) -> float | None:
+def _mean_step(
+    rows: Sequence[Row], batches: Batches, setting: Setting, window: int | None
+) -> Tokens:
+    """Return the tokens of a step of mean length, as few as they can be."""
+    count = rows_of_a_step(rows, batches)
+    if not setting.flat:
+        return Tokens.padded(rows, window=window).times(count / len(rows))
+    meet = batches.micro_batch if batches.max_tokens is None else count
+    return Tokens.laid(rows, together=meet, window=window).times(count / len(rows))
+
+
+def shape_of(setting: Setting, found: Bytes) -> Shape:
+    """Return what of a measured model works on each token."""
+    counted = {"linears": found.linears, "last": found.last, "lora": found.lora}
+    return Shape.of(setting.architecture, **counted)
+
+
+def _seconds(plan: Plan) -> float | None:
     """Return the time of a mean step at the full rate of a card: every product, every weight's way."""
+    card, setting = plan.card, plan.setting
     if card is None or card.tflops is None or card.gb_per_s is None:
         return None
-    setting, found, lengths = plan.setting, plan.bytes, plan.lengths
-    text = setting.architecture.get_text_config()
-    row_count = plan.batches.micro_batch * plan.batches.accumulated
-    tokens = (lengths.laid if setting.flat else lengths.padded) / lengths.rows * row_count
-    predicted = lengths.predicted / lengths.rows * row_count
-    reference, again = float(setting.with_reference), plan.recomputed / found.layers
-    linears = 2 * found.linears * tokens * (2 + reference + again)
-    adapters = 2 * found.trained * tokens * (3 + again)
-    head = 2 * text.vocab_size * text.hidden_size * predicted * (2 + reference)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    seen = tokens * lengths.median / 2  # a token sees half of its sequence
-    attention = (
-        4 * width * text.num_attention_heads * found.layers * seen * (3.5 + reference + again)
-    )
-    passes = 2 if setting.fast and setting.keeps_weights else 4
-    traffic = 2.516 * found.linears * passes * plan.batches.accumulated
-    work = linears + adapters + head + attention
-    return float(work / (card.tflops * 1e12) + traffic / (card.gb_per_s * 1e9))
+    moved = 0.0
+    if setting.quantisation in ("nf4", "fp4"):  # what is not packed is read as it is multiplied
+        moved = plan.pieces * plain_bytes(
+            shape_of(setting, plan.bytes),
+            size=setting.dtype.itemsize,
+            double=setting.double,
+            reference=setting.with_reference,
+            again=plan.recomputed / plan.bytes.layers,
+            fast=setting.fast,
+            keeps_weights=setting.keeps_weights,
+            skips_last=setting.skips_last,
+        )
+    return float(plan.operations / (card.tflops * 1e12) + moved / (card.gb_per_s * 1e9))

@@ -39,14 +39,16 @@ def plan_and_measurement(trainer: Any, path: Path) -> Iterator[None]:
 
     ``measured`` holds ``peak_bytes`` of the device's own allocator since the run began to load (null
     on a CPU), ``seconds_a_step`` and ``pairs_per_second`` of the last steps without evaluations, and
-    ``steps`` of this process. A run that stopped has a plan alone. Of several processes the first one
+    ``steps`` of this process. A run that stopped has a plan alone. Where memory runs out, the plan is
+    written again as it holds from then on. Of several processes the first one
     writes.
     """
     if not trainer.is_world_process_zero():
         yield
         return
-    plan = trainer.memory.to_dict()
-    write_json(path, plan)
+    memory = trainer.memory
+    write_json(path, memory.to_dict())
+    memory.tell = lambda: write_json(path, memory.to_dict())
     yield
     measured = {"peak_bytes": peak_bytes(trainer.args.device), **trainer.pace.measured()}
-    write_json(path, {**plan, "measured": measured})
+    write_json(path, {**memory.to_dict(), "measured": measured})
