@@ -9,7 +9,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u, sys; print(u.find
 SITE := $(if $(HAS_TORCH),--system-site-packages,)
 PINS := $(VENV)/constraints.txt
 
-.PHONY: quickstart test processes campaign slow docs coverage mutation faults soak clean
+.PHONY: quickstart test processes zero campaign slow docs coverage mutation faults soak clean
 
 quickstart: $(VENV)/.installed  ## the main job on the bundled small model, offline, a few minutes
 	rm -rf quickstart-run
@@ -20,6 +20,9 @@ test: $(VENV)/.installed-test  ## lint, types and all tests
 
 processes: $(VENV)/.installed-test  ## the campaign of several processes, some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v
+
+zero: $(VENV)/.installed-test  ## two processes under DeepSpeed, skipped where it is not installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/zero.py -v
 
 campaign: $(VENV)/.installed-test  ## bad input by the thousand; its table goes into docs/campaign.md
 	$(BIN)/python -m tests.campaign $(CAMPAIGN)

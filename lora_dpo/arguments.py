@@ -42,8 +42,9 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the policy alone moves the log-ratio; not supported",
     "save_only_model": "a checkpoint without optimiser and random state could not be resumed from",
     "dataloader_pin_memory": "rows are made into tensors a micro-batch at a time",
+    "deepspeed": "start with accelerate launch --config_file configs/accelerate/zero2.yaml",
     **dict.fromkeys(
-        ("fsdp", "deepspeed", "parallelism_config"),
+        ("fsdp", "parallelism_config"),
         "policy and reference share one set of weights here; start several processes with torchrun, and "
         "deal the base out among them with train.shard_base",
     ),
@@ -182,7 +183,7 @@ def build_arguments(
     import torch
     from transformers import TrainingArguments
 
-    from lora_dpo.ranks import launched_processes
+    from lora_dpo.ranks import launched_processes, under_deepspeed
 
     strategy = "steps" if evaluates else "no"
     known = _field_types()
@@ -199,7 +200,9 @@ def build_arguments(
         merged.setdefault("greater_is_better", "loss" not in str(merged["metric_for_best_model"]))
     merged["report_to"] = merged["report_to"] or "none"
     if launched_processes() > 1 and not torch.accelerator.is_available():
-        merged.setdefault("use_cpu", True)  # else accelerate takes each process for the only one
+        # else accelerate takes each process for the only one
+        merged |= {"ddp_backend": "gloo"} if under_deepspeed() else {}
+        merged.setdefault("use_cpu", not under_deepspeed())
     if merged["eval_strategy"] != "steps":
         merged["eval_steps"] = values.get("eval_steps")
     fields = {key: merged[key] for key in merged if key not in _CHECKPOINTING}

@@ -20,8 +20,9 @@ from lora_dpo.layers import decoder_layers, work_of
 from lora_dpo.planning import (
     Batches,
     Plan,
+    compact_rows,
     has_several,
-    largest_micro_batch,
+    largest_places,
     make_plan,
     optimiser_bytes,
     plan_policy,
@@ -97,7 +98,8 @@ class Memory:
 
     def _planned(self, *, brief: bool = False) -> Plan | None:
         try:
-            return plan_policy(self.model, self.rows, self.batches, brief=brief, **self.settings)
+            rows = compact_rows(self.rows)
+            return plan_policy(self.model, rows, self.batches, brief=brief, **self.settings)
         except Exception as error:  # a plan is an estimate: without it the run is as good
             reason = " ".join(str(error).split())[:200]
             self._no_plan = f"{type(error).__name__}: {reason}"
@@ -113,11 +115,11 @@ class Memory:
 
         def attempt() -> None:
             flat = is_flat(self.model)
-            rows = largest_micro_batch(self.rows, self.batches, flat=flat)
+            rows = [self.rows[i] for i in largest_places(compact, self.batches, flat=flat)]
             # what is there in a real step from the second on: the optimiser's state, and the
             # gradients of the micro-batches before this one
             held = torch.empty(self._optimiser, dtype=torch.uint8, device=self.device)
-            if has_several(self.rows, self.batches, flat=flat):
+            if has_several(compact, self.batches, flat=flat):
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
@@ -126,6 +128,7 @@ class Memory:
             torch.stack(policy).sum().backward()
             del held
 
+        compact = compact_rows(self.rows)
         was_training = self.model.training
         self.model.train()
         before = random_state()
@@ -194,7 +197,7 @@ class Memory:
         now = self.batches
         if now.max_tokens is not None:
             flat = is_flat(self.model)
-            longest = max(batch_tokens([row], flat) for row in self.rows)
+            longest = max(batch_tokens([row], flat) for row in compact_rows(self.rows))
             smaller = max(longest, now.max_tokens // 2)
             if smaller < now.max_tokens:
                 self.batches = replace(now, max_tokens=smaller)
@@ -214,7 +217,9 @@ class Memory:
             how |= {"recompute": False, "least": work.recomputed, "offloaded": work.offloaded}
         how |= {"card": this_card(self.device), "remedies": remedies, "room": room}
         try:
-            return make_plan(setting_of(self.model, **known), self.rows, self.batches, **how)
+            return make_plan(
+                setting_of(self.model, **known), compact_rows(self.rows), self.batches, **how
+            )
         except Exception as error:  # the run and its message matter more than the plan
             logger.warning("no plan of what holds now (%s: %s)", type(error).__name__, error)
             return None

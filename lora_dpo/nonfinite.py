@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_dpo.errors import TrainingError
 from lora_dpo.passes import Step
+from lora_dpo.ranks import is_engine
 from lora_dpo.reference_cache import row_places
 
 logger = logging.getLogger("lora_dpo")
@@ -142,15 +143,16 @@ def _problem(model: nn.Module, rows: Sequence[Row], found: Step, scaled: bool) -
         hits = torch.stack(list(bad.values())).any(0).tolist()
         places = [row for row, hit in zip(rows, hits, strict=True) if hit]
         return f"{what} is not a finite number; rows {row_places(places)}"
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if scaled or not gradients:
+    if scaled or math.isfinite(_gradient_norm(model)):
         return ""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return (
-        ""
-        if bool(torch.isfinite(norm))
-        else f"the gradient is not a finite number; rows {row_places(rows)}"
-    )
+    return f"the gradient is not a finite number; rows {row_places(rows)}"
+
+
+def _gradient_norm(model: Any) -> float:
+    if is_engine(model):  # each process has its share of the gradient
+        return float(model.optimizer.scaled_global_norm())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
 def _in_words(name: str) -> str:

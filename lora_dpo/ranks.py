@@ -29,7 +29,6 @@ _TOLD = "_lora_dpo_told"  # an error that the other processes know of
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -43,6 +42,11 @@ def launched_as() -> int:
 def launched_processes() -> int:
     """Return how many processes the launcher started, before any group is formed."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def under_deepspeed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether accelerate's launcher asks for DeepSpeed."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1", "yes")
 
 
 def rank() -> int:
@@ -74,9 +78,19 @@ def refuse_launch(args: Any = None, environment: Mapping[str, str] = os.environ)
             f"args: {processes()} processes are started, and accelerate takes this one for the only one. On "
             "a CPU give use_cpu=True."
         )
-    given = {name for name in ("fsdp", "deepspeed") if getattr(args, name, None)}
+    if getattr(args, "deepspeed", None):
+        raise ConfigError(
+            "args.deepspeed: DeepSpeed is set up by accelerate; start with configs/accelerate/zero2.yaml."
+        )
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if under_deepspeed(environment) and stage not in ("1", "2"):
+        raise ConfigError(
+            f"launcher: DeepSpeed's zero_stage is {stage}; expected 1 or 2, which deal out what belongs to "
+            "adapters. A base that is too large for one card is dealt out by train.shard_base: true, without "
+            "DeepSpeed."
+        )
     for name, what in _SHARDING.items():
-        if name in asked or what.lower() in given:
+        if name in asked or (what == "FSDP" and getattr(args, "fsdp", None)):
             raise ConfigError(
                 f"launcher: {what} is asked for ({name}), which wraps the whole policy or runs steps of "
                 "its own. Start with configs/accelerate/ddp.yaml, or with torchrun; where the base is too "
@@ -179,11 +193,16 @@ def check_averaged(model: nn.Module) -> None:
     Raises:
         TrainingError: each process would train a model of its own.
     """
-    if processes() > 1 and not isinstance(model, DistributedDataParallel):
+    if processes() > 1 and not (isinstance(model, DistributedDataParallel) or is_engine(model)):
         raise TrainingError(
             f"{processes()} processes train a {type(model).__name__} that nothing keeps equal among them; "
             "a model is prepared for them once, by accelerate. Hand over a new policy."
         )
+
+
+def is_engine(model: nn.Module) -> bool:
+    """Whether a model is wrapped in DeepSpeed's engine, which makes the updates itself."""
+    return type(model).__name__ == "DeepSpeedEngine"
 
 
 def forget_preparation(model: nn.Module) -> None:

@@ -29,13 +29,14 @@ from lora_dpo.metrics import Window
 from lora_dpo.nonfinite import Steps
 from lora_dpo.policy import read_reference, save_adapter, weights_identity, write_reference
 from lora_dpo.ranks import wait
-from lora_dpo.stepping import WholeSteps, step_of
+from lora_dpo.stepping import step_of
 from lora_dpo.store import write_json
+from lora_dpo.zero import ZeroTrainer
 
 logger = logging.getLogger("lora_dpo")
 
 
-class ResumableTrainer(WholeSteps):
+class ResumableTrainer(ZeroTrainer):
     """A trainer whose checkpoints are whole or not there, and hold all that the next step depends on.
 
     ``PreferenceTrainer`` gives it what it writes: the rest of a checkpoint is the library's.
@@ -114,7 +115,12 @@ class ResumableTrainer(WholeSteps):
         """Return what a checkpoint and who goes on from it must share; every process calls it."""
         if self._weights is None:  # once: they are frozen
             self._weights = weights_identity(self.model, with_reference=not self.moves)
-        return {**self.facts, "reference": self.reference_in_words, "weights": self._weights[:16]}
+        facts: dict[str, Any] = {
+            "reference": self.reference_in_words,
+            "weights": self._weights[:16],
+        }
+        facts |= {"deepspeed_processes": self.dealt_among} if self.dealt_among else {}
+        return {**self.facts, **facts}
 
     def _train(self, checkpoint: str | None, **options: Any) -> TrainOutput:
         """Train with the library, and end a run that was killed behind its last step.

@@ -21,7 +21,7 @@ from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers
 from lora_dpo.policy import quant_state
-from lora_dpo.ranks import processes
+from lora_dpo.ranks import processes, under_deepspeed
 
 
 def check_sharding(config: Config, among: int) -> None:
@@ -37,6 +37,10 @@ def check_sharding(config: Config, among: int) -> None:
         problems.append(
             "train.shard_base: one process alone needs the whole base; start several (torchrun "
             "--nproc_per_node N -m lora_dpo train ...; lora-dpo plan --cards N), or leave it out."
+        )
+    if under_deepspeed():
+        problems.append(
+            "train.shard_base: deals out the base by torch's FSDP2, not beside DeepSpeed; start with torchrun."
         )
     if config.model.quantisation == "int8":
         problems.append(

@@ -210,7 +210,7 @@ class PreferenceTrainer(ResumableTrainer):
         each = sum(map(counted_tokens, rows)) / len(rows)
 
         def attempt() -> Step:
-            how = (self._stats, self.accelerator.backward, self.accelerator.no_sync)
+            how = (self._stats, *self.ways_back(model))
             batches, flat = self.memory.batches, is_flat(self.model)
             seed = self.args.seed * 1_000_003 + self.state.global_step
             passes = Passes(self.objective, *how, batches, flat, seed)
@@ -221,6 +221,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.pace.tokens += sum(map(row_tokens, rows))
         if not self.steps.updates(self, model, rows, step):
             return torch.zeros_like(step.losses.sum())
+        self.update(model)
         if self.state.global_step == 0:
             self.advice.first_step(step, self.states, each)
         self.states = self.objective.updated(self.states, step.stats)

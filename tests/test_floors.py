@@ -21,7 +21,7 @@ FLOORS = {
     "callbacks": 6, "card": 6, "checkpoints": 6, "checkup": 6, "diagnostics": 6, "drafting": 6, "engine": 6,
     "ends": 6, "finished": 6, "evaluation": 6, "exporting": 6, "finetuning": 6, "generation": 6, "handing": 6,
     "inspecting": 6, "preparing": 6, "smoking": 6,
-    "labelling": 6, "nonfinite": 6, "sampling": 6,
+    "zero": 6, "labelling": 6, "nonfinite": 6, "sampling": 6,
     "guards": 6, "moving_reference": 6, "passes": 6, "proving": 6, "reference_cache": 6, "run_folder": 6,
     "memory": 6, "planning": 6, "reference_store": 6, "starting": 6, "stepping": 6, "trainer": 6, "run": 6,
     "determinism": 6, "reproducing": 6, "restarting": 6, "resuming": 6, "surroundings": 6,

@@ -21,7 +21,16 @@ from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.engine import choose_engine, lay_out, recompute_layers
 from lora_dpo.errors import ConfigError, TrainingError
 from lora_dpo.forward import both_logps
-from lora_dpo.planning import Batches, Lengths, Setting, card_of, largest_micro_batch, measure
+from lora_dpo.planning import (
+    Batches,
+    Lengths,
+    Setting,
+    card_of,
+    compact_rows,
+    largest_micro_batch,
+    largest_places,
+    measure,
+)
 from lora_dpo.planning.measuring import run
 from lora_dpo.planning.plans import make_plan
 from lora_dpo.planning.remedies import _Asked, _shorter_rows
@@ -530,3 +539,25 @@ def test_embeddings_that_are_trained_whole_count_once_as_frozen_and_once_as_trai
     assert whole.parts()["other weights"] == plain.parts()["other weights"]
     wider = whole.bytes.adapters - plain.bytes.adapters
     assert wider == plain.parts()["embeddings"]  # float32 beside float32
+
+
+def test_rows_in_four_bytes_a_token_are_the_rows(
+    tiny_model: Path, pairs: list[dict[str, str]]
+) -> None:
+    """Of a selection in another order too; plans and the places of the largest ones are the same."""
+    whole = tokenise(
+        load_preferences(pairs), AutoTokenizer.from_pretrained(tiny_model), max_length=64
+    )
+    some = whole.rows.select([7, 2, 5, 3])
+    for data in (whole.rows, some):
+        compact, plain = compact_rows(data), list(data)
+        assert [{k: list(v) for k, v in row.items()} for row in compact] == [
+            {k: v for k, v in row.items() if k.endswith("_ids")} for row in plain
+        ]
+        assert Lengths.of(compact, 2) == Lengths.of(plain, 2)
+        for batches in (Batches(2), Batches(1, 4, max_tokens=90)):
+            assert largest_places(compact, batches) == largest_places(plain, batches)
+            found = largest_micro_batch(compact, batches)
+            assert [row["chosen_ids"] for row in found] == [
+                plain[i]["chosen_ids"] for i in largest_places(plain, batches)
+            ]

@@ -9,7 +9,12 @@ from lora_dpo.planning.asking import (
     setting_of,
 )
 from lora_dpo.planning.cards import CARDS, Card, card_of, this_card
-from lora_dpo.planning.lengths import Lengths, largest_micro_batch
+from lora_dpo.planning.lengths import (
+    Lengths,
+    compact_rows,
+    largest_micro_batch,
+    largest_places,
+)
 from lora_dpo.planning.measuring import Bytes, Setting, measure
 from lora_dpo.planning.operations import Shape, Tokens, has_several, operations
 from lora_dpo.planning.plans import Plan, Remedy, make_plan
@@ -28,8 +33,10 @@ __all__ = [
     "Shape",
     "Tokens",
     "card_of",
+    "compact_rows",
     "has_several",
     "largest_micro_batch",
+    "largest_places",
     "make_plan",
     "measure",
     "operations",

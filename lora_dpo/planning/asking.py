@@ -22,6 +22,7 @@ from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import take, work_of
 from lora_dpo.planning.cards import GIB, RESERVED, Card, card_of, this_card
 from lora_dpo.planning.imagined import imagined_policy, imagining
+from lora_dpo.planning.lengths import compact_rows
 from lora_dpo.planning.measuring import Setting, of_depth
 from lora_dpo.planning.plans import Plan, make_plan
 from lora_dpo.policy import (
@@ -102,7 +103,7 @@ def plan(
     objective = bound_objective(config)
     data = prepare_data(config, load_tokenizer(config), objective.data)
     rows, _ = fitted(objective, data.train, None)
-    return question_of(config, list(rows.rows), gpu=gpu, cards=cards).answer()
+    return question_of(config, compact_rows(rows.rows), gpu=gpu, cards=cards).answer()
 
 
 def question_of(

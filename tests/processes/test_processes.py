@@ -8,6 +8,7 @@ which 6 steps of SGD carry on: 1e-5. What is computed before the first step is e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lora_dpo.errors import ConfigError, ModelError
 from lora_dpo.policy import load_policy
 from lora_dpo.ranks import refuse_launch
 from lora_dpo.sharding import check_sharding
+from lora_dpo.zero import check_zero
 from tests.processes.running import alone, together
 from tests.processes.worker import Case
 
@@ -252,7 +254,10 @@ def test_what_cannot_be_dealt_out_is_refused_before_weights_load(
     [
         ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "started this one alone"),
         ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "FSDP is asked for"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "DeepSpeed is asked for"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "zero_stage is 3; expected 1 or 2",
+        ),
     ],
 )
 def test_a_launch_that_would_not_do_what_was_asked_is_refused(
@@ -271,11 +276,37 @@ def test_a_launch_that_would_not_do_what_was_asked_is_refused(
         {"MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "0"},
         {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500", "PMI_SIZE": "2"},  # mpirun
         {"ACCELERATE_USE_FSDP": "false"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     ],
     ids=str,
 )
 def test_other_launches_are_taken(environment: dict[str, str]) -> None:
     refuse_launch(environment=environment)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "said"),
+    [
+        ({"zero_optimization": {"stage": 3}}, {}, "zero_stage 3; expected 1 or 2"),
+        ({"bf16": {"enabled": True}}, {}, "bf16 would round the adapters"),
+        ({"fp16": {"enabled": "true"}}, {}, "fp16 would round the adapters"),
+        ({"optimizer": {"type": "Adam"}}, {}, "optimizer belongs to the run's config"),
+        ({}, {"float16": True}, "float16 scales gradients"),
+        ({}, {"skips": True}, "skip is not handled"),
+        ({}, {}, "one process alone has nothing to deal out"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            {},
+            "offload_param is not handled",
+        ),
+    ],
+)
+def test_settings_of_deepspeed_that_would_train_something_else_are_refused(
+    settings: dict[str, Any], how: dict[str, bool], said: str
+) -> None:
+    settings = {"zero_optimization": {"stage": 2}, **settings}
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_zero(settings, **{"float16": False, "skips": False, **how})
 
 
 def test_a_base_that_is_spread_over_devices_is_refused(tiny_model: Path) -> None:
