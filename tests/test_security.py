@@ -630,6 +630,22 @@ def test_a_served_model_gets_the_key_and_nobody_else_hears_of_it(
 # ---- secrets --------------------------------------------------------------------------------------
 
 HUB = "hf_" + "aB3" * 11
+# In pieces, so that no program that looks for tokens in repositories finds any here.
+SECRETS = {
+    "a token of the hub": HUB,
+    "an API key": "sk-" + "ant-api03-" + "aB3" * 11,
+    "a token of GitHub": "gh" + "p_" + "aB3" * 12,
+    "a token of GitHub, fine-grained": "github" + "_pat_" + "aB3" * 12,
+    "a token of GitLab": "glp" + "at-" + "aB3-" * 5,
+    "a key of AWS": "AK" + "IA" + "IOSFODNN7EXAMPLE",
+    "a key of Google": "AI" + "za" + "aB3-_" * 7,
+    "a token of Slack": "xo" + "xb-123456789012-aB3",
+    "a token of Slack, as an address": "https://hooks." + "slack.com/services/T0/B0/aB3",
+    "a signed token (JWT)": "eyJhbGciOiJI" + ".eyJzdWIiOiIx" + ".aB3",
+    "a bearer token": "Bearer " + "aB3/+" * 5,
+    "a private key": "-----BEGIN " + "RSA PRIVATE KEY-----",
+    "the value of MY_JUDGE_KEY": "judge" + "-aB3.0123456789",
+}
 
 
 @pytest.mark.parametrize(
@@ -662,8 +678,39 @@ def test_a_secret_in_a_config_is_refused_and_not_repeated(
         assert secret not in said
 
 
-def test_ordinary_names_are_no_secrets() -> None:
+@pytest.mark.parametrize("kind", SECRETS)
+def test_no_kind_of_secret_in_a_config_or_an_option_is_said_or_written_anywhere(
+    kind: str, preferences: Path, tiny_model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Through the command, by the file and by ``--set``: refused before there is a folder of a run."""
+    secret = SECRETS[kind]
+    monkeypatch.setenv("MY_JUDGE_KEY", SECRETS["the value of MY_JUDGE_KEY"])
+    values = _values(tiny_model, preferences, tmp_path / "run")
+    (tmp_path / "ours.yaml").write_text(json.dumps(values))
+    words = ["train", str(tmp_path / "ours.yaml"), "--set", f"train.run_name=x {secret}"]
+    said = [CliRunner().invoke(app, words)]
+    values["train"]["run_name"] = f"mine: {secret}"
+    (tmp_path / "theirs.yaml").write_text(json.dumps(values))
+    said.append(CliRunner().invoke(app, ["train", str(tmp_path / "theirs.yaml")]))
+    for found in said:
+        assert found.exit_code == 1, found.output
+        assert kind.split(",")[0] in " ".join(found.output.split())
+        assert secret not in found.output.replace("\n", "") + caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"ours.yaml", "theirs.yaml"}
+
+
+def test_ordinary_names_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SSH_KEY": "/home/me/.ssh/id_ed25519", "KEY": "quickstart", "A_TOKEN": "a-word-and-another",
+        "MONKEY": "tiny-llama-15m-0123456789",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
     names = ["hf_models/x", "sk-learn", "runs/task-sk-2024-something-long-enough-0", "a@b:c"]
+    names += ["ghp_model", "xoxb", "AKIA-runs", "eyJust.a.name", "a bearer of good news in 2024"]
+    names += ["0123456789abcdef0123456789abcdef01234567"]  # of a commit
+    names += ["/home/me/.ssh/id_ed25519", "quickstart", "a-word-and-another"]
+    names += ["tiny-llama-15m-0123456789", "org/AIza-7B", "glpat", "BEGIN PUBLIC KEY"]
     for name in (*names, "https://example.org/a:b@c"):
         values = {"model": {"base": name}, "data": {"train": name}, "output": {"dir": name}}
         assert Config.parse(values).model.base == name
@@ -676,6 +723,8 @@ def test_no_file_and_no_line_of_a_whole_journey_holds_a_key_or_a_token(
     """Train, compare by a judge, export and report with secrets in the environment."""
     secrets = {"HF_TOKEN": HUB, "OPENAI_API_KEY": "sk-journey-0123456789abcdef"}
     secrets |= {"MY_JUDGE": "judge-key-0123456789", "WANDB_API_KEY": "wandb-0123456789"}
+    secrets |= {"GITHUB_TOKEN": SECRETS["a token of GitHub"]}
+    secrets |= {"AWS_ACCESS_KEY_ID": SECRETS["a key of AWS"], "AWS_SECRET_ACCESS_KEY": "aB3/" * 10}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "run"
