@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test  ## lint, types and all tests
 	scripts/check $(BIN)
 
 processes: $(VENV)/.installed-test  ## the campaign of several processes, some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v --capture=sys
 
 campaign: $(VENV)/.installed-test  ## bad input by the thousand; its table goes into docs/campaign.md
 	$(BIN)/python -m tests.campaign $(CAMPAIGN)
