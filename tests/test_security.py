@@ -757,3 +757,66 @@ def test_no_file_of_a_run_names_this_machine_or_its_user(half: Path) -> None:
 
     for name in {socket.gethostname(), getpass.getuser(), str(Path.home()), str(half)}:
         assert len(name) < 4 or name not in text
+
+
+# ---- no telemetry ---------------------------------------------------------------------------------
+
+# Taken in by every Python that is started with this in its path, children of children too.
+HEARING = """
+import os, sys
+_EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
+_LOCAL = {None, "", "localhost", "127.0.0.1", "::1"}
+def _tell(text):
+    with open(os.environ["HEARD"], "a") as stream:
+        stream.write(text + "\\n")
+def _hear(event, args):
+    if event not in _EVENTS:
+        return
+    where = args[0] if event.startswith("socket.get") else args[1]
+    host = where[0] if isinstance(where, tuple) else where
+    ours = isinstance(where, (str, bytes)) and event == "socket.connect"  # a socket of this machine
+    if not ours and host not in _LOCAL:
+        _tell(f"{event} {where!r}")
+_tell("listening")
+sys.addaudithook(_hear)
+"""
+JOURNEY = """
+import socket, sys
+import lora_dpo
+config, to = sys.argv[1:]
+run = lora_dpo.train(config)
+lora_dpo.evaluate(run)
+lora_dpo.export(run, to, merge=True)
+socket.getaddrinfo("192.0.2.1", 9)  # what hears nothing hears this
+"""
+
+
+def test_a_whole_journey_asks_no_other_machine_for_anything(
+    quickstart_model: Path, tmp_path: Path
+) -> None:
+    """Train, evaluate and merge with the bundled model in a process of its own, and what it starts.
+
+    It may go online, and none of the libraries is told to be silent.
+    """
+    (tmp_path / "ears").mkdir()
+    (tmp_path / "ears" / "sitecustomize.py").write_text(HEARING)
+    data = quickstart_model.parent / "data" / "train.jsonl"
+    rows = data.read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    values = _values(quickstart_model, tmp_path / "rows.jsonl", tmp_path / "run", max_steps=1)
+    values["data"]["max_length"] = 256
+    values["train"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    silent = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DO_NOT_TRACK")
+    silent += ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY")
+    own = {name: value for name, value in os.environ.items() if name not in silent}
+    path = os.pathsep.join([str(tmp_path / "ears"), str(PACKAGE.parent)])
+    own |= {"PYTHONPATH": path, "HEARD": str(tmp_path / "heard"), "HF_HOME": str(tmp_path / "hf")}
+    own["LORA_DPO_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", JOURNEY, str(tmp_path / "config.yaml"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    heard = (tmp_path / "heard").read_text().splitlines()
+    assert heard.count("listening") >= 2  # the fresh process that loads the export too
+    assert [line for line in heard if line != "listening"] == ["socket.getaddrinfo '192.0.2.1'"]
