@@ -783,18 +783,19 @@ sys.addaudithook(_hear)
 JOURNEY = """
 import socket, sys
 import lora_dpo
-config, to = sys.argv[1:]
+config, to, merge = sys.argv[1:]
 run = lora_dpo.train(config)
 lora_dpo.evaluate(run)
-lora_dpo.export(run, to, merge=True)
+lora_dpo.export(run, to, merge=bool(merge))
 socket.getaddrinfo("192.0.2.1", 9)  # what hears nothing hears this
 """
 
 
+@pytest.mark.parametrize("merge", ["", pytest.param("merge", marks=pytest.mark.slow)])
 def test_a_whole_journey_asks_no_other_machine_for_anything(
-    quickstart_model: Path, tmp_path: Path
+    quickstart_model: Path, tmp_path: Path, merge: str
 ) -> None:
-    """Train, evaluate and merge with the bundled model in a process of its own, and what it starts.
+    """Train, evaluate and export the bundled model in a process of its own, and in what that starts.
 
     It may go online, and none of the libraries is told to be silent.
     """
@@ -814,9 +815,11 @@ def test_a_whole_journey_asks_no_other_machine_for_anything(
     own |= {"PYTHONPATH": path, "HEARD": str(tmp_path / "heard"), "HF_HOME": str(tmp_path / "hf")}
     own["LORA_DPO_CACHE"] = str(tmp_path / "cache")
     command = [sys.executable, "-c", JOURNEY, str(tmp_path / "config.yaml"), str(tmp_path / "out")]
+    command.append(merge)
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / MANIFEST).is_file()
     heard = (tmp_path / "heard").read_text().splitlines()
-    assert heard.count("listening") >= 2  # the fresh process that loads the export too
+    # of a merge, the fresh process that loads it too
+    assert heard.count("listening") >= (2 if merge else 1)
     assert [line for line in heard if line != "listening"] == ["socket.getaddrinfo '192.0.2.1'"]
