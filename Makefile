@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test  ## lint, types and all tests
 	scripts/check $(BIN)
 
 processes: $(VENV)/.installed-test  ## the campaign of several processes, some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/campaign.py -v --capture=sys
 
 zero: $(VENV)/.installed-test  ## two processes under DeepSpeed, skipped where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/processes/zero.py -v

@@ -35,6 +35,7 @@ from lora_dpo.proving import (
     mean_kl,
     prove,
 )
+from lora_dpo.sealing import seal
 from lora_dpo.smoking import EXACT, ROUGH, SMOKE_FILE, smoke_record
 from lora_dpo.store import new_folder, write_json, write_text
 
@@ -88,6 +89,7 @@ def export_adapter(
         write_text(work / "README.md", card if isinstance(card, str) else card(folded))
         if beside is not None:
             beside(work, folded)
+        seal(work, "exported adapter")
     return folded
 
 
@@ -157,6 +159,7 @@ def export_merged(
         write_text(work / "README.md", card(proof))
         if beside is not None:
             beside(work, proof)
+        seal(work, "merged model")
     return proof
 
 

@@ -61,6 +61,7 @@ from lora_dpo.ranks import (
 )
 from lora_dpo.restarting import check_start, started
 from lora_dpo.run_folder import Run, bound_objective, reference_moves, versions
+from lora_dpo.sealing import seal
 from lora_dpo.sharding import check_sharding, is_sharded, shard_base
 from lora_dpo.stepping import fitted, rows_a_step, step_of
 from lora_dpo.store import new_folder, write_json, write_text
@@ -150,6 +151,7 @@ def _train(config: Config, *, resume: bool, stop_after: int | None) -> Run:
             with agreed():
                 if rank() == 0:
                     save_adapter(trainer.model, folder / "reference", adapter="reference")
+                    seal(folder / "reference", "reference")
             logger.info("starting adapter %s kept in %s", start, folder / "reference")
         _tell_step(trainer)
         began = time.monotonic()
@@ -261,9 +263,11 @@ def _write_adapters(trainer: PreferenceTrainer, tokenizer: Any, folder: Path) ->
     if trainer.moves:
         with new_folder(folder / "reference", overwrite=True) as work:
             save_adapter(trainer.model, work, adapter="reference")
+            seal(work, "reference")
     with new_folder(folder / "adapter", overwrite=True) as work:
         save_adapter(trainer.model, work)
         tokenizer.save_pretrained(work)
+        seal(work, "adapter")
 
 
 def _diagnose_at_the_end(

@@ -17,8 +17,9 @@ import torch
 
 import lora_dpo
 from lora_dpo import checkup, doctor
-from lora_dpo.checkup import GIB, TESTED, Check, Checkup
+from lora_dpo.checkup import GIB, TESTED, Check, Checkup, State
 from lora_dpo.policy import kernels
+from tests.browsing import HOSTILE, check_strangers_stay_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,6 +195,14 @@ def test_a_checkup_is_shown_in_a_notebook_with_every_string_as_text() -> None:
     assert "[red]free[/red]" in html and "[red]free[/red]" in str(found)
     assert "BLOCK  disk: <script>x</script> ⟨ESC⟩[2J" in str(found)
     assert repr(found) == "Checkup(0 ok, 0 warns, 1 blocks: disk)"
+
+
+def test_strangers_strings_stay_text_in_a_browser(tmp_path: Path) -> None:
+    """What a driver or a package says of itself is no more trusted than data."""
+    states: tuple[State, ...] = ("ok", "warns", "blocks")
+    found = Checkup(tuple(Check(HOSTILE, state, HOSTILE, "w" * 300) for state in states))
+    found.write_html(tmp_path / "doctor.html")
+    check_strangers_stay_text(tmp_path / "doctor.html", times=6)
 
 
 def test_the_command_exits_with_1_only_if_something_blocks() -> None:

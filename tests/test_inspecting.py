@@ -29,6 +29,7 @@ from lora_dpo.errors import ConfigError, DataError, ModelError
 from lora_dpo.inspecting.printing import BETWEEN, SHADES, TokenLine, token_line
 from lora_dpo.inspecting.tokens import Token
 from lora_dpo.showing import console_for, visible
+from tests import browsing
 
 HOSTILE = "<script>alert(1)</script> [red]x[/red] \x1b[31m \u202e :smile: {{ 7*7 }} <b>&amp;"
 
@@ -423,16 +424,11 @@ def test_mistakes_are_told_before_anything_is_loaded(tiny_model: Path, tmp_path:
 def test_the_page_fits_desktop_and_phone_without_a_word_on_the_console(
     width: int, quickstart_model: Path, tmp_path: Path
 ) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
     data = _write(tmp_path / "r.jsonl", [_chat("w" * 90, "long " * 9 + HOSTILE, "o" * 90)])
     inspect_preferences(data, quickstart_model, readiness=False, max_length=256).write_html(
         tmp_path / "look.html"
     )
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with browsing.chromium() as browser:
         colours, said = [], []
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -447,6 +443,5 @@ def test_the_page_fits_desktop_and_phone_without_a_word_on_the_console(
             colours.append(
                 page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
             )
-        browser.close()
     assert [x for x in said if not x.startswith("file:") or not x.endswith("look.html")] == []
     assert colours == ["rgb(255, 255, 255)", "rgb(20, 23, 28)"]

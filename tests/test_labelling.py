@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,10 +27,9 @@ from lora_dpo.labelling.asking import journal_of
 from lora_dpo.labelling.items import read_items
 from lora_dpo.labelling.serving import MOST_BYTES, LabelServer
 from lora_dpo.labelling.session import Session
+from tests import browsing
 
 HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>\u202egpj'
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-FLAGS += ["--disable-component-update", "--no-first-run"]
 
 
 def _rows(count: int) -> list[dict[str, Any]]:
@@ -346,14 +344,8 @@ def test_asking_imports_no_torch_and_so_begins_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+    with browsing.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @contextmanager

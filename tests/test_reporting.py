@@ -27,19 +27,11 @@ from lora_dpo.reporting.notes import chosen_limit, notes_on
 from lora_dpo.reporting.reading import read_runs
 from lora_dpo.run_folder import Run
 from lora_dpo.showing import page
+from tests import browsing
 
 ENDS = "</script><script>pwned=1</script><!-- <script>"
 LINK = "<a href='javascript:pwned=2'>x</a><img src=x onerror=pwned=3> %{y} &lt;b&gt; \u202e"
 FOLDER = "<img src=x onerror=pwned=4> &lt;i&gt; %{y} <b>"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 
 
 class _Page(HTMLParser):
@@ -403,13 +395,8 @@ def _hostile(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def browser() -> Any:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with browsing.chromium() as found:
         yield found
-        found.close()
 
 
 def _opened(browser: Any, path: Path, said: list[str], **options: Any) -> Any:

@@ -630,6 +630,22 @@ def test_a_served_model_gets_the_key_and_nobody_else_hears_of_it(
 # ---- secrets --------------------------------------------------------------------------------------
 
 HUB = "hf_" + "aB3" * 11
+# In pieces, so that no program that looks for tokens in repositories finds any here.
+SECRETS = {
+    "a token of the hub": HUB,
+    "an API key": "sk-" + "ant-api03-" + "aB3" * 11,
+    "a token of GitHub": "gh" + "p_" + "aB3" * 12,
+    "a token of GitHub, fine-grained": "github" + "_pat_" + "aB3" * 12,
+    "a token of GitLab": "glp" + "at-" + "aB3-" * 5,
+    "a key of AWS": "AK" + "IA" + "IOSFODNN7EXAMPLE",
+    "a key of Google": "AI" + "za" + "aB3-_" * 7,
+    "a token of Slack": "xo" + "xb-123456789012-aB3",
+    "a token of Slack, as an address": "https://hooks." + "slack.com/services/T0/B0/aB3",
+    "a signed token (JWT)": "eyJhbGciOiJI" + ".eyJzdWIiOiIx" + ".aB3",
+    "a bearer token": "Bearer " + "aB3/+" * 5,
+    "a private key": "-----BEGIN " + "RSA PRIVATE KEY-----",
+    "the value of MY_JUDGE_KEY": "judge" + "-aB3.0123456789",
+}
 
 
 @pytest.mark.parametrize(
@@ -662,8 +678,39 @@ def test_a_secret_in_a_config_is_refused_and_not_repeated(
         assert secret not in said
 
 
-def test_ordinary_names_are_no_secrets() -> None:
+@pytest.mark.parametrize("kind", SECRETS)
+def test_no_kind_of_secret_in_a_config_or_an_option_is_said_or_written_anywhere(
+    kind: str, preferences: Path, tiny_model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Through the command, by the file and by ``--set``: refused before there is a folder of a run."""
+    secret = SECRETS[kind]
+    monkeypatch.setenv("MY_JUDGE_KEY", SECRETS["the value of MY_JUDGE_KEY"])
+    values = _values(tiny_model, preferences, tmp_path / "run")
+    (tmp_path / "ours.yaml").write_text(json.dumps(values))
+    words = ["train", str(tmp_path / "ours.yaml"), "--set", f"train.run_name=x {secret}"]
+    said = [CliRunner().invoke(app, words)]
+    values["train"]["run_name"] = f"mine: {secret}"
+    (tmp_path / "theirs.yaml").write_text(json.dumps(values))
+    said.append(CliRunner().invoke(app, ["train", str(tmp_path / "theirs.yaml")]))
+    for found in said:
+        assert found.exit_code == 1, found.output
+        assert kind.split(",")[0] in " ".join(found.output.split())
+        assert secret not in found.output.replace("\n", "") + caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"ours.yaml", "theirs.yaml"}
+
+
+def test_ordinary_names_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SSH_KEY": "/home/me/.ssh/id_ed25519", "KEY": "quickstart", "A_TOKEN": "a-word-and-another",
+        "MONKEY": "tiny-llama-15m-0123456789",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
     names = ["hf_models/x", "sk-learn", "runs/task-sk-2024-something-long-enough-0", "a@b:c"]
+    names += ["ghp_model", "xoxb", "AKIA-runs", "eyJust.a.name", "a bearer of good news in 2024"]
+    names += ["0123456789abcdef0123456789abcdef01234567"]  # of a commit
+    names += ["/home/me/.ssh/id_ed25519", "quickstart", "a-word-and-another"]
+    names += ["tiny-llama-15m-0123456789", "org/AIza-7B", "glpat", "BEGIN PUBLIC KEY"]
     for name in (*names, "https://example.org/a:b@c"):
         values = {"model": {"base": name}, "data": {"train": name}, "output": {"dir": name}}
         assert Config.parse(values).model.base == name
@@ -676,6 +723,8 @@ def test_no_file_and_no_line_of_a_whole_journey_holds_a_key_or_a_token(
     """Train, compare by a judge, export and report with secrets in the environment."""
     secrets = {"HF_TOKEN": HUB, "OPENAI_API_KEY": "sk-journey-0123456789abcdef"}
     secrets |= {"MY_JUDGE": "judge-key-0123456789", "WANDB_API_KEY": "wandb-0123456789"}
+    secrets |= {"GITHUB_TOKEN": SECRETS["a token of GitHub"]}
+    secrets |= {"AWS_ACCESS_KEY_ID": SECRETS["a key of AWS"], "AWS_SECRET_ACCESS_KEY": "aB3/" * 10}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "run"
@@ -708,3 +757,69 @@ def test_no_file_of_a_run_names_this_machine_or_its_user(half: Path) -> None:
 
     for name in {socket.gethostname(), getpass.getuser(), str(Path.home()), str(half)}:
         assert len(name) < 4 or name not in text
+
+
+# ---- no telemetry ---------------------------------------------------------------------------------
+
+# Taken in by every Python that is started with this in its path, children of children too.
+HEARING = """
+import os, sys
+_EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
+_LOCAL = {None, "", "localhost", "127.0.0.1", "::1"}
+def _tell(text):
+    with open(os.environ["HEARD"], "a") as stream:
+        stream.write(text + "\\n")
+def _hear(event, args):
+    if event not in _EVENTS:
+        return
+    where = args[0] if event.startswith("socket.get") else args[1]
+    host = where[0] if isinstance(where, tuple) else where
+    ours = isinstance(where, (str, bytes)) and event == "socket.connect"  # a socket of this machine
+    if not ours and host not in _LOCAL:
+        _tell(f"{event} {where!r}")
+_tell("listening")
+sys.addaudithook(_hear)
+"""
+JOURNEY = """
+import socket, sys
+import lora_dpo
+config, to, merge = sys.argv[1:]
+run = lora_dpo.train(config)
+lora_dpo.evaluate(run)
+lora_dpo.export(run, to, merge=bool(merge))
+socket.getaddrinfo("192.0.2.1", 9)  # what hears nothing hears this
+"""
+
+
+@pytest.mark.parametrize("merge", ["", pytest.param("merge", marks=pytest.mark.slow)])
+def test_a_whole_journey_asks_no_other_machine_for_anything(
+    quickstart_model: Path, tmp_path: Path, merge: str
+) -> None:
+    """Train, evaluate and export the bundled model in a process of its own, and in what that starts.
+
+    It may go online, and none of the libraries is told to be silent.
+    """
+    (tmp_path / "ears").mkdir()
+    (tmp_path / "ears" / "sitecustomize.py").write_text(HEARING)
+    data = quickstart_model.parent / "data" / "train.jsonl"
+    rows = data.read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    values = _values(quickstart_model, tmp_path / "rows.jsonl", tmp_path / "run", max_steps=1)
+    values["data"]["max_length"] = 256
+    values["train"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    silent = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DO_NOT_TRACK")
+    silent += ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY")
+    own = {name: value for name, value in os.environ.items() if name not in silent}
+    path = os.pathsep.join([str(tmp_path / "ears"), str(PACKAGE.parent)])
+    own |= {"PYTHONPATH": path, "HEARD": str(tmp_path / "heard"), "HF_HOME": str(tmp_path / "hf")}
+    own["LORA_DPO_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", JOURNEY, str(tmp_path / "config.yaml"), str(tmp_path / "out")]
+    command.append(merge)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / MANIFEST).is_file()
+    heard = (tmp_path / "heard").read_text().splitlines()
+    # of a merge, the fresh process that loads it too
+    assert heard.count("listening") >= (2 if merge else 1)
+    assert [line for line in heard if line != "listening"] == ["socket.getaddrinfo '192.0.2.1'"]

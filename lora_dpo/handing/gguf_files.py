@@ -25,6 +25,7 @@ from lora_dpo.handing.gguf_writing import (
     rounding,
     write_by_package,
 )
+from lora_dpo.sealing import check_seal
 
 # what convert_hf_to_gguf.py writes by itself; all others go through llama-quantize
 _CONVERTER_KINDS = ("f32", "f16", "bf16", "q8_0")
@@ -108,6 +109,7 @@ def write_gguf(
     path, kind = Path(folder).absolute(), kind.lower()  # a name may begin with a dash
     if not (path / "config.json").is_file():
         raise OutputError(f"{path}: no merged weights there (config.json is missing).")
+    check_seal(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     check_gguf(kind, llama_cpp, config, tokenizer)

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lora_dpo.errors import ConfigError, OutputError
 from lora_dpo.guards import is_export
+from lora_dpo.sealing import check_seal
 from lora_dpo.store import file_sha256
 
 _HIDDEN = (".*", "**/.*")
@@ -82,6 +83,7 @@ def push(
     if not is_export(path):
         raise OutputError(f"{path}: holds no export of ours; give the folder that 'export' wrote.")
     _refuse_links(path)
+    check_seal(path)
     api, sending = HfApi(), False
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)

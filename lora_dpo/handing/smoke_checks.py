@@ -21,6 +21,7 @@ from lora_dpo.generation import encode_prompt
 from lora_dpo.handing.asking import Endpoint
 from lora_dpo.policy import load_adapter
 from lora_dpo.proving import load_plain
+from lora_dpo.sealing import check_seal
 from lora_dpo.showing import Displayed
 from lora_dpo.smoking import SMOKE_FILE, difference, first_token_logprobs, greedy_answer
 from lora_dpo.store import read_json
@@ -180,6 +181,11 @@ def _of_folder(
     folder: Path, record: Mapping[str, Any], allowed: float, base: str | Path | None
 ) -> Iterator[Found]:
     is_adapter, base = _base_of(folder, base)
+    try:
+        if check_seal(folder):
+            yield Check("files", "ok", "every file is what the export wrote"), None
+    except OutputError as error:
+        yield Check("files", "blocks", str(error), "export again"), None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

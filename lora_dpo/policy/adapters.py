@@ -37,8 +37,9 @@ from lora_dpo.policy.checks import (
     refuse_tied_head,
     refuse_unmatched,
 )
-from lora_dpo.policy.files import check_adapter_files, check_adapter_settings
+from lora_dpo.policy.files import ADAPTER_WEIGHTS, check_adapter_files, check_adapter_settings
 from lora_dpo.policy.switching import REFERENCE, policy_adapter, unwrap
+from lora_dpo.sealing import check_seal
 
 logger = logging.getLogger("lora_dpo")
 
@@ -280,7 +281,7 @@ def _start_from(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def _check_saved(adapter: Path) -> dict[str, Any]:
-    """Return the settings of a saved adapter, refused where they rewrote the base."""
+    """Return the settings of a saved adapter, refused where they rewrote the base or a file is damaged."""
     folder = adapter_folder(adapter)
     path = folder / ADAPTER_FILE
     try:
@@ -294,6 +295,7 @@ def _check_saved(adapter: Path) -> dict[str, Any]:
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ModelError(CHANGED_BASE.format(where=path, init=init))
+    check_seal(folder, (ADAPTER_FILE, ADAPTER_WEIGHTS))
     return stored
 
 

@@ -21,6 +21,7 @@ from lora_dpo.policy.files import (
     check_config_files,
     tell_of_code,
 )
+from lora_dpo.sealing import check_seal
 from lora_dpo.showing import bars_on_terminals_only
 
 DTYPES = {
@@ -109,6 +110,8 @@ def _refuse_moved_embeddings(config: Any, settings: ModelConfig) -> None:
 def load_base(settings: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:
     """Load the base, quantised as the settings say, frozen, with its dropout off."""
     config = check_base(settings)
+    if Path(settings.base).is_dir():
+        check_seal(Path(settings.base))  # an export of ours, perhaps
     device = device or default_device()
     dtype = compute_dtype(settings.compute_dtype, device)
     options: dict[str, Any] = {"device_map": {"": device}, "dtype": dtype}

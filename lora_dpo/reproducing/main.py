@@ -17,6 +17,7 @@ from lora_dpo.errors import ConfigError, DataError, OutputError
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.reproducing.measuring import (
+    check_kept,
     compare_adapters,
     compare_figures,
     compare_lines,
@@ -53,7 +54,8 @@ def reproduce(
             for the same bits.
 
     Raises:
-        OutputError: no run there, one without a step, or a folder that is in the way.
+        OutputError: no run there, one without a step, one whose adapters are not what it wrote, or a
+            folder that is in the way.
         ModelError: the base or the adapter that it began with is not what it was.
         DataError: the data are not what they were.
         ConfigError: a tolerance that is none.
@@ -63,6 +65,7 @@ def reproduce(
     run = run if isinstance(run, Run) else Run.open(run)
     target = Path(to) if to is not None else run.folder.with_name(f"{run.folder.name}-again")
     _check_target(run.folder, target)
+    check_kept(run.folder)
     recorded, ended = environment_of(run.folder), bool(run.results)
     history = run.history
     steps = _steps(run, history)

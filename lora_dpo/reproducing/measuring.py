@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.reproducing.result import Difference, Twin
-from lora_dpo.store import file_sha256
+from lora_dpo.sealing import check_seal
+from lora_dpo.store import file_sha256, read_manifest
 
 _WEIGHTS = "adapter_model.safetensors"
 _OF_THE_CLOCK = ("_per_second", "_runtime")
@@ -87,6 +88,17 @@ def held_out(results: Mapping[str, Any]) -> dict[str, float]:
         for name, values in found.items()
         for end, value in zip(ends, values, strict=True)
     }
+
+
+def check_kept(run: Path) -> None:
+    """Hold that the adapters of a run are what it wrote, before it is run again.
+
+    Raises:
+        OutputError: names the file that is another.
+    """
+    for path in list_checkpoints(run):
+        read_manifest(path)
+    check_seal(run / "adapter")
 
 
 def compare_adapters(was: Path, now: Path, *, ended: bool) -> Iterator[Twin]:

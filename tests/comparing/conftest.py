@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_dpo.run import train
 from lora_dpo.run_folder import Run
+from lora_dpo.sealing import seal
 
 
 @pytest.fixture(scope="session")
@@ -61,4 +62,5 @@ def unmoved(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         weights,
         metadata={"format": "pt"},
     )
+    seal(folder / "adapter", "adapter")
     return Run.open(folder)

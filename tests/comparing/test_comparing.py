@@ -28,6 +28,7 @@ from lora_dpo.policy import acting, load_base, policy_adapter, reference
 from lora_dpo.prompts import read_prompts
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring import score_ids
+from tests.browsing import HOSTILE, check_strangers_stay_text
 from tests.judge_server import completion, serving
 
 PROMPTS = ["Question one", "Why?", "And now", "Who", "Where is it", "Say no"]
@@ -358,8 +359,7 @@ def test_ties_pull_to_one_half_and_narrow_the_interval() -> None:
 
 def test_the_command_prints_a_table_and_writes_page_and_json(first: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
-    hostile = "<script>alert(1)</script>\x1b[31m"
-    prompts.write_text(json.dumps({"prompt": hostile}) + '\n{"prompt": "Why?"}\n')
+    prompts.write_text(json.dumps({"prompt": HOSTILE}) + '\n{"prompt": "Why?"}\n')
     page = tmp_path / "page.html"
     arguments = ["compare", str(first.folder), "--prompts", str(prompts), "--max-new-tokens", "8"]
     said = CliRunner().invoke(app, [*arguments, "--html", str(page)])
@@ -367,6 +367,7 @@ def test_the_command_prints_a_table_and_writes_page_and_json(first: Run, tmp_pat
     assert "reward win rate" in said.stdout and "\x1b[31m" not in said.stdout
     text = page.read_text(encoding="utf-8")
     assert "<script>" not in text and "&lt;script&gt;" in text and "\x1b" not in text
+    check_strangers_stay_text(page, times=1)
     as_json = CliRunner().invoke(app, [*arguments, "--json"])
     found = json.loads(as_json.stdout)
     assert found["prompts"] == 2 and found["models"][0]["name"] == "reference"

@@ -23,6 +23,8 @@ from tests.faults.storage import NotHereError, Tried
 from tests.faults.world import EVERY, SETTINGS, STEPS, World
 
 EACH = 5  # kills of one run
+NOT_TRIED = "not tried"
+STATES = ("nothing", "begun", "stopped", "ended")  # in which the next start finds a killed run
 FIRST = next(iter(SETTINGS))
 
 
@@ -33,6 +35,9 @@ class Campaign:
         self.world, self.kills = world, kills
         self.whole: dict[str, Whole] = {}
         self.kept: list[Kill] = []
+        self.broken: set[int] = (
+            set()
+        )  # places in ``kept`` of kills whose run did not end as it should
         self.tried: list[Tried] = []
         self.failures: list[str] = []
         self.bar = tqdm(total=kills, unit="kill", mininterval=1)
@@ -88,16 +93,18 @@ class Campaign:
             try:
                 self.tried += found
             except NotHereError as error:
-                self.tried.append(Tried(what, f"not tried: {error}"))
+                self.tried.append(Tried(what, f"{NOT_TRIED}: {error}"))
             except AssertionError as error:
                 self._failed(what, error)
 
     def _note(self, kills: Iterator[Kill], what: str) -> None:
+        first = len(self.kept)
         try:
             for kill in kills:
                 self.kept.append(kill)
                 self.bar.update()
-        except AssertionError as error:
+        except AssertionError as error:  # what the kills of this run came to is not known
+            self.broken |= set(range(first, len(self.kept)))
             self._failed(what, error)
 
     def _failed(self, what: str, error: AssertionError) -> None:
@@ -117,24 +124,26 @@ class Campaign:
 
     def text(self, seed: int, seconds: float) -> str:
         """Return what came of it, for the page."""
-        kinds: dict[str, list[Kill]] = defaultdict(list)
-        for kill in self.kept:
-            kinds[kill.moment].append(kill)
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for place, kill in enumerate(self.kept):
+            kinds[kill.moment].append(place)
         rows = [
             (
                 f"SIGKILL: {moment}",
                 len(kinds[moment]),
-                "the same end, byte for byte"
-                if moment in MOMENTS
-                else "the older one or none; then whole",
-                _lost(kinds[moment]) if moment in MOMENTS else "none",
+                self._outcome(kinds[moment]),
+                _lost([self.kept[place] for place in kinds[moment]]),
             )
             for moment in [*MOMENTS, *(k for k in kinds if k not in MOMENTS)]
         ]
         outcomes: dict[tuple[str, str], int] = defaultdict(int)
         for tried in self.tried:
             outcomes[tried.fault, tried.outcome] += 1
-        rows += [(fault, n, outcome, "none") for (fault, outcome), n in outcomes.items()]
+        absent = [outcome.startswith(NOT_TRIED) for _, outcome in outcomes]
+        rows += [
+            (fault, 0, outcome, "") if out else (fault, n, outcome, "none")
+            for ((fault, outcome), n), out in zip(outcomes.items(), absent, strict=True)
+        ]
         rows += [(f"FAILED {failure.splitlines()[0]}", 1, "", "") for failure in self.failures]
         by_settings = [
             (
@@ -148,12 +157,25 @@ class Campaign:
             [
                 f"`python -m tests.faults.campaign --kills {self.kills} --seed {seed}`, "
                 f"{seconds / 60:.0f} minutes; {page.machine()}.",
-                f"{len(self.kept)} kills: of runs of {STEPS} steps, a checkpoint every {EVERY}; of exports.",
+                f"{len(self.kept)} kills: of runs of {STEPS} steps, a checkpoint every {EVERY}; of exports. "
+                f"{len(self.tried) - sum(absent)} faults of storage, {sum(absent)} not tried on this machine, "
+                f"{len(self.failures)} failures.",
                 page.table(["fault", "times tried", "outcome", "steps lost"], rows),
                 "The kills of runs, by their settings:",
                 page.table(["settings", "kills", "steps lost"], by_settings),
             ]
         )
+
+    def _outcome(self, places: list[int]) -> str:
+        """Return what kills of one moment came to, of each what its own run's checks say."""
+        ends: dict[str, int] = defaultdict(int)
+        for place in places:
+            found = self.kept[place].found
+            end = "the same end, byte for byte" if found in STATES else f"{found}; then whole"
+            ends["FAILED, see below" if place in self.broken else end] += 1
+        if len(ends) == 1:
+            return next(iter(ends))
+        return "; ".join(f"{count} times {end}" for end, count in ends.items())
 
 
 def _lost(kills: list[Kill]) -> str:

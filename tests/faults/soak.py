@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +28,12 @@ from tests.faults.world import World, _command
 
 RESIDENT, ALLOCATED = 8.0, 4.0  # MiB that may be gained over the last two thirds
 BEAT = 0.25  # seconds between two looks at memory
-
+# The median CPU time of a step in the last quarter, over that in the second one. What grew with the steps
+# would come to 7/8 over 3/8 = 2.3; a busy machine takes wall time, not this.
+SLOWER = 1.4
+# Bytes a step of the files that grow with the run, and of all others beside checkpoints together.
+GROWING = {"metrics.jsonl": 2000, "row_margins.jsonl": 500, "notes.jsonl": 20}
+REST = 2**20
 
 _COUNTS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")
 _COUNTS += ("uordblks", "fordblks", "keepcost")
@@ -39,8 +45,10 @@ class _Allocated(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _COUNTS]
 
 
-def _watched(words: tuple[str, ...], log: str, environment: dict[str, str], beats: str) -> None:
-    """Run the command beside a thread that writes down memory: resident and allocated bytes."""
+def _watched(
+    words: tuple[str, ...], log: str, environment: dict[str, str], beats: str, metrics: str
+) -> None:
+    """Run the command beside a thread that writes down CPU time, step, and memory in bytes."""
     library = ctypes.CDLL(None)
     library.mallinfo2.restype = _Allocated
 
@@ -50,7 +58,9 @@ def _watched(words: tuple[str, ...], log: str, environment: dict[str, str], beat
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 found = library.mallinfo2()
                 resident = pages * os.sysconf("SC_PAGE_SIZE")
-                stream.write(f"{time.time()} {resident} {found.uordblks + found.hblkhd}\n")
+                allocated, spent = found.uordblks + found.hblkhd, time.process_time()
+                step = _tail_step(Path(metrics))
+                stream.write(f"{spent} {step} {resident} {allocated}\n")
                 stream.flush()
                 time.sleep(BEAT)
 
@@ -61,7 +71,7 @@ def _watched(words: tuple[str, ...], log: str, environment: dict[str, str], beat
 def soak(folder: Path, steps: int) -> tuple[str, list[str]]:
     """Run so many steps; return the table and what did not hold."""
     world = World.make(folder, 0)
-    every = max(steps // 40, 1)
+    every = max(steps // 40, 20)
     trial = world.trial(
         "soak",
         {
@@ -75,14 +85,14 @@ def soak(folder: Path, steps: int) -> tuple[str, list[str]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preload"])
     words, environment = ("train", str(trial.path)), {"LORA_DPO_CACHE": str(trial.cache)}
-    process = context.Process(
-        target=_watched, args=(words, str(trial.log), environment, str(beats))
-    )
+    metrics = trial.run / "metrics.jsonl"
+    told = (str(beats), str(metrics))
+    process = context.Process(target=_watched, args=(words, str(trial.log), environment, *told))
     process.start()
     with tqdm(total=steps, unit="step", mininterval=1) as bar:
         while process.is_alive():
             process.join(1)
-            bar.update(_tail_step(trial.run / "metrics.jsonl") - bar.n)
+            bar.update(_tail_step(metrics) - bar.n)
             folders = list(trial.run.glob("checkpoint-*/manifest.json"))
             kept.append(len(folders))
             late = [p.parent for p in folders if step_of(str(p.parent)) > steps // 3]
@@ -96,15 +106,12 @@ def _judged(
     run: Path, beats: Path, steps: int, sizes: list[int], kept: list[int]
 ) -> tuple[str, list[str]]:
     table = np.array([line.split() for line in beats.read_text().splitlines()], dtype=float)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    pace = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
+    table = table[table[:, 1] > 0]  # from the first step on
     third = len(table) // 3
-    tried = table[third:, 1:] / 2**20  # [beats, 2], MiB
+    tried = table[third:, 2:] / 2**20  # [beats, 2], MiB
     tenth = max(len(tried) // 10, 1)
     gained = np.median(tried[-tenth:], 0) - np.median(tried[:tenth], 0)
-    metrics = (run / "metrics.jsonl").stat().st_size / steps
-    first, last = (np.median(part) for part in (pace[steps // 3 : steps // 2], pace[-steps // 6 :]))
-    rows = [
+    rows: list[tuple[str, str | int, str]] = [
         (
             "resident memory (MiB), gained over the last two thirds",
             f"{gained[0]:+.1f}",
@@ -113,14 +120,25 @@ def _judged(
         ("allocated by malloc (MiB), likewise", f"{gained[1]:+.1f}", f"{ALLOCATED:.0f}"),
         ("resident memory at the end (MiB)", f"{tried[-1, 0]:.0f}", ""),
         (
+            "CPU time of a step, median of the last quarter over that of the second",
+            f"{slowing(table[:, 0], table[:, 1], steps):.2f}",
+            str(SLOWER),
+        ),
+        (
             "a checkpoint, largest to smallest, likewise",
             f"{max(sizes) / min(filter(None, sizes)):.2f}",
             "1.5",
         ),
         ("whole checkpoints at a time", max(kept), "4"),
-        ("metrics.jsonl (bytes a step)", f"{metrics:.0f}", "2000"),
-        ("pairs a second, the last sixth over the third one", f"{last / first:.2f}", ""),
     ]
+    beside = [p for p in run.rglob("*") if p.is_file() and "checkpoint-" not in str(p.parent)]
+    each = {path.name: path.stat().st_size for path in beside if path.name in GROWING}
+    rows += [
+        (f"{name} (bytes a step)", f"{each.get(name, 0) / steps:.0f}", str(bound))
+        for name, bound in GROWING.items()
+    ]
+    rest = sum(path.stat().st_size for path in beside if path.name not in GROWING)
+    rows.append(("all other files of the run (KiB)", rest // 1024, str(REST // 1024)))
     failed = [
         f"{what}: {value}, bound {bound}"
         for what, value, bound in rows
@@ -128,6 +146,21 @@ def _judged(
     ]
     text = f"{steps} steps, every one logged; {page.machine()}."
     return f"{text}\n\n" + page.table(["what", "measured", "bound"], rows), failed
+
+
+def slowing(spent: Any, at: Any, steps: int) -> float:
+    """Return the median CPU time of a step in the last quarter, over that in the second one.
+
+    Args:
+        spent: seconds of CPU at each beat, ``[beats]``.
+        at: the step at each beat, ``[beats]``.
+        steps: of the run.
+    """
+    made = np.diff(at)
+    each = np.diff(spent)[made > 0] / made[made > 0]
+    place = at[1:][made > 0] / steps
+    second = each[(place > 0.25) & (place <= 0.5)]
+    return float(np.median(each[place > 0.75]) / np.median(second))
 
 
 def _tail_step(path: Path) -> int:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lora_dpo.errors import OutputError
 from lora_dpo.store import new_folder
-from tests.faults import page, storage
+from tests.faults import page, soak, storage
+from tests.faults.campaign import Campaign
 from tests.faults.checks import Whole
-from tests.faults.kills import killed_run, uninterrupted
+from tests.faults.kills import Kill, killed_run, uninterrupted
 from tests.faults.world import SETTINGS, World
 
 SAMPLE = "KTO's running baseline, stored reference, dropout"
@@ -78,6 +80,42 @@ def test_every_writer_that_meets_a_full_disk_is_understood(tmp_path: Path) -> No
                 assert not list((tmp_path / "small").iterdir())
     except storage.NotHereError as error:
         pytest.skip(str(error))
+
+
+def test_a_row_of_the_table_says_what_came_of_its_own_kills(world: World) -> None:
+    """One run ends as it should, one does not, and one fault cannot be made on this machine."""
+
+    def kills(fails: bool) -> Iterator[Kill]:
+        yield Kill("a step", SAMPLE, 2, "stopped")
+        assert not fails, "another adapter"
+
+    campaign = Campaign(world, 2)
+    for fails in (False, True):
+        campaign._note(kills(fails), SAMPLE)
+    campaign.tried = [storage.Tried("a full disk", "not tried: mounting is not allowed")]
+    text = campaign.text(0, 60.0)
+    assert "| SIGKILL: a step | 2 | 1 times the same end, byte for byte; 1 times FAILED" in text
+    assert "| a full disk | 0 | not tried: mounting is not allowed |  |" in text
+    assert "0 faults of storage, 1 not tried on this machine, 1 failures" in text
+    assert f"| FAILED {SAMPLE}: another adapter | 1 |" in text
+
+
+def test_memory_and_files_of_some_hundred_steps_stay_within_their_bounds(tmp_path: Path) -> None:
+    """``make soak`` has thousands, and the pace; here a leak of 60 KiB a step is seen.
+
+    A checkpoint grows until its log holds as many lines as are ever kept, which is beyond these steps.
+    """
+    text, failed = soak.soak(tmp_path, 150)
+    assert not [x for x in failed if not x.startswith(("CPU time", "a checkpoint"))], text
+
+
+def test_a_run_whose_steps_grow_longer_is_told_from_one_whose_do_not() -> None:
+    """A step that costs its number is 7/8 over 3/8; a machine that stops a while changes no median."""
+    at = np.arange(0, 4001, 10)
+    assert soak.slowing(np.cumsum(at / 1e6), at, 4000) == pytest.approx(7 / 3, rel=0.02)
+    even = np.full(len(at), 0.1)
+    even[350] = 60.0
+    assert soak.slowing(np.cumsum(even), at, 4000) == pytest.approx(1.0)
 
 
 def test_a_part_of_a_page_is_replaced_and_its_rest_kept(tmp_path: Path) -> None:

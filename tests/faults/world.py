@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 24, 4  # of a run; between two of its checkpoints and evaluations
 
 # Settings that change what a checkpoint has to hold. Beside each other they cover every scheduler
-# that reads more than the step, and every state that outlives a step.
+# that reads more than the step, and every state that outlives a step. The schedules and optimisers
+# that are left are resumed without kills in tests/test_schedules_and_optimisers.py.
 SETTINGS: dict[str, dict[str, Any]] = {
     "accumulation over 3, dropout, cosine": {
         "train.gradient_accumulation_steps": 3,
@@ -58,6 +59,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora.dropout": 0.1,
     },
     "8-bit AdamW, rank 64": {"train.optim": "adamw_8bit", "lora.rank": 64},
+    "rate that follows evaluations (plateau), 8-bit Lion": {
+        "train.lr_scheduler_type": "reduce_lr_on_plateau",
+        "train.lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 10.0},
+        "train.optim": "lion_8bit",
+        "lora.rank": 64,
+    },
+    "rate that follows evaluations of epochs (greedy), 8-bit AdEMAMix": {
+        "train.lr_scheduler_type": "greedy",
+        "train.lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "warmup": 1, "min_lr": 1e-5},
+        "train.eval_strategy": "epoch",
+        "data.eval_fraction": 0.333,  # 8 steps an epoch: checkpoints fall on its end
+        "train.optim": "ademamix_8bit",
+        "lora.rank": 64,
+    },
+    "warm-up, stable, decay; last rate above nothing": {
+        "train.lr_scheduler_type": "warmup_stable_decay",
+        "train.lr_scheduler_kwargs": {"num_decay_steps": 8, "min_lr_ratio": 0.1},
+    },
     "best model at the end, samples, diagnosis": {
         "train.load_best_model_at_end": True,
         "train.learning_rate": 0.05,

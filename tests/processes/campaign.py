@@ -20,9 +20,13 @@ import pytest
 import yaml
 
 from lora_dpo.arguments import checkpointing_fields
+from lora_dpo.checkpoints import list_checkpoints
 from lora_dpo.objectives import OBJECTIVES
 from lora_dpo.run import train
+from lora_dpo.store import read_manifest
 from tests.conftest import ROOT
+from tests.faults.checks import numbers as repeatable
+from tests.faults.storage import NotHereError, disk
 from tests.processes.running import alone, called, free_port, together, torchrun
 from tests.processes.test_processes import _adapters_near, _near
 from tests.processes.worker import Case, numbers
@@ -207,6 +211,88 @@ def test_a_process_that_is_killed_ends_the_run(long: list[str]) -> None:
     running.communicate(timeout=120)
     assert running.returncode != 0
     assert time.monotonic() - began < 60
+
+
+# ---- faults ---------------------------------------------------------------------------------------
+
+LONGER = ["--set", "train.num_train_epochs=6", "--set", "train.save_steps=4"]  # 18 steps
+LONGER += ["--set", "train.save_total_limit=99", "--set", "output.samples=0"]
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+def _torchrun(folder: Path, config: Path, *words: str) -> list[str]:
+    place = ["--set", f"output.dir={folder}"]
+    return torchrun("lora_dpo", "train", str(config), *place, *LONGER, *words)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Return the config and the folder of a run of two processes that nothing has disturbed."""
+    place = tmp_path_factory.mktemp("faults-of-two")
+    config = _config(tiny_model, pairs, place, 2)
+    ended = called(_torchrun(place / "whole", config))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return config, place / "whole"
+
+
+def _ended_the_same(folder: Path, whole: Path) -> None:
+    """Hold that a run of two processes is the undisturbed one, bit for bit."""
+    assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    for name in ("metrics.jsonl", "row_margins.jsonl"):
+        assert repeatable(folder / name) == repeatable(whole / name), name
+    names = [path.name for path in list_checkpoints(whole)]
+    assert [path.name for path in list_checkpoints(folder)] == names and len(names) >= 4
+    for path in list_checkpoints(folder):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_end_bit_for_bit(
+    whole: tuple[Path, Path], tmp_path: Path, number: int
+) -> None:
+    """Of the first process, which writes, and of the other; torchrun starts both again."""
+    config, expected = whole
+    running = _started(_torchrun(tmp_path / "run", config))
+    _waited(running, "step 10/")
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[number]), signal.SIGKILL)
+    running.communicate(timeout=120)
+    assert running.returncode != 0 and not (tmp_path / "run" / "run.json").exists()
+    for path in list_checkpoints(tmp_path / "run"):
+        read_manifest(path)
+    ended = called(_torchrun(tmp_path / "run", config, "--resume"))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "resuming from" in ended.stdout
+    _ended_the_same(tmp_path / "run", expected)
+
+
+def test_a_full_disk_ends_both_processes_with_one_error_and_costs_no_checkpoint(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, expected = whole
+    files = [path for path in expected.rglob("*") if path.is_file()]
+    half = sum(-(-path.stat().st_size // 4096) for path in files) * 4 // 2
+    folder = tmp_path / "run"
+    try:
+        with disk(folder, f"size={half}k") as change:
+            ended = called(_torchrun(folder, config))
+            assert ended.returncode != 0
+            assert "could not be written" in ended.stderr and "make room" in ended.stderr
+            # the other process ends with it, at the barrier that it waits at
+            told = [x for x in ended.stderr.splitlines() if x.startswith("error: ")]
+            assert len(told) == 1, ended.stderr[-3000:]
+            kept = list_checkpoints(folder)
+            assert kept and len(kept) < len(list_checkpoints(expected))
+            for path in kept:
+                read_manifest(path)
+            change("size=256m")
+            ended = called(_torchrun(folder, config, "--resume"))
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            _ended_the_same(folder, expected)
+    except NotHereError as error:
+        pytest.skip(str(error))
 
 
 def test_a_folder_that_another_run_holds_is_told_by_every_process(

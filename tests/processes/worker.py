@@ -32,6 +32,8 @@ from lora_dpo.trainer import PreferenceTrainer
 from tests.helpers import move_adapter
 
 ROWS_A_STEP = 4
+DONE = "done.txt"  # names of the cases that are done, for who watches
+BAD = "Z"  # a byte that stands in no pair; the policy may give no number there
 # What depends on the clock or the machine, and the library's own sums.
 OF_THE_MOMENT = ("second", "memory/", "runtime", "flos", "train_loss", "preparation")
 
@@ -51,6 +53,7 @@ class Case:
         store: folder of reference log-probs; ``{rank}`` stands for the number of the process.
         signal_at: step at which the last process gets a SIGTERM, and no other.
         sharded: whether the base is dealt out among the processes.
+        bad_row: the training row, from 1, whose log-prob is no number; 0 for none.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Case:
     store: str = ""
     signal_at: int = 0
     sharded: bool = False
+    bad_row: int = 0
 
 
 class Terminated(TrainerCallback):
@@ -109,6 +113,12 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
     arguments = build_arguments(settings, output_dir=str(folder), evaluates=False)
     policy = load_policy(model, lora=LoraConfig(rank=4))
     move_adapter(policy, std=0.02)
+    if case.bad_row:
+        place = case.bad_row - 1
+        bad = {**pairs[place], "chosen": pairs[place]["chosen"] + BAD}
+        pairs = [*pairs[:place], bad, *pairs[place + 1 :]]
+        token = tokenizer(BAD, add_special_tokens=False).input_ids
+        policy.get_input_embeddings().weight.data[token] = torch.inf
     if case.sharded:
         shard_base(policy)
     trainer = PreferenceTrainer(
@@ -133,6 +143,7 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
         "held_out": numbers(held_out),
         "logs": [numbers(line) for line in trainer.state.log_history],
         "states": trainer.states,
+        "skipped": trainer.steps.skipped,
         "processes": processes(),
         "dealt out": _dealt_out(policy),
     }
@@ -158,6 +169,9 @@ def main(plan: Path, out: Path) -> None:
             results[case.name] = run(case, Path(given["model"]), given["pairs"], out)
         except LoraDpoError as error:
             results[case.name] = {"error": f"{type(error).__name__}: {error}"}
+        if rank() == 0:
+            with (out / DONE).open("a", encoding="utf-8") as stream:
+                stream.write(case.name + "\n")
     (out / f"results-{rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
