@@ -28,7 +28,7 @@ from lora_dpo.checkpoints import (
 from lora_dpo.metrics import Window
 from lora_dpo.nonfinite import Steps
 from lora_dpo.policy import read_reference, save_adapter, weights_identity, write_reference
-from lora_dpo.ranks import wait
+from lora_dpo.ranks import agreed, wait
 from lora_dpo.stepping import step_of
 from lora_dpo.store import write_json
 from lora_dpo.zero import ZeroTrainer
@@ -83,16 +83,16 @@ class ResumableTrainer(ZeroTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         facts = self._all_facts()
-        with new_checkpoint(folder, writes=self.args.should_save):
-            wait()  # before another process writes its random state there
-            super()._save_checkpoint(model, trial)
-            wait()  # until all have
+        with agreed():  # an error of the disk ends every process
+            with new_checkpoint(folder, writes=self.args.should_save):
+                wait()  # before another process writes its random state there
+                super()._save_checkpoint(model, trial)
+                wait()  # until all have
+                if self.args.should_save:
+                    self._seal(folder, facts)
             if self.args.should_save:
-                self._seal(folder, facts)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate(folder, keep=self.keep_checkpoints, best=best)
-        wait()
+                best = self.state.best_model_checkpoint
+                rotate(folder, keep=self.keep_checkpoints, best=best)
 
     def _seal(self, folder: Path, facts: dict[str, Any]) -> None:
         if self.moves:
@@ -180,9 +180,12 @@ class ResumableTrainer(ZeroTrainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """Evaluate; what is made up for at a resume tells schedulers that look at it too."""
-        skip = skip_scheduler and not self._makes_up
+        """Evaluate; what is made up for at a resume counts for schedules and the best checkpoint too."""
+        makes_up = skip_scheduler and self._makes_up
+        skip = skip_scheduler and not makes_up
         found: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip)
+        if makes_up:
+            self._determine_best_metric(metrics=found, trial=trial)
         return found
 
 

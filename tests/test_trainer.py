@@ -242,6 +242,8 @@ def test_a_kill_between_an_epochs_last_checkpoint_and_its_evaluation_loses_neith
     assert [line["step"] for line in _logs(whole) if "eval_loss" in line] == [4, 8, 12, 16]
     rates = [line["learning_rate"] for line in _logs(whole) if "loss" in line]
     assert len(set(rates)) > 1  # the schedule has done something
+    best = [(run.state.best_metric, run.state.best_global_step) for run in (resumed, whole)]
+    assert best[0] == best[1] and best[1][1] > 0
     assert _logs(resumed) == _logs(whole)
     assert torch.equal(_weights(resumed.model), _weights(whole.model))
 
