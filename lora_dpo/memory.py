@@ -19,6 +19,7 @@ from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers, work_of
 from lora_dpo.planning import (
     Batches,
+    Lengths,
     Plan,
     compact_rows,
     has_several,
@@ -39,6 +40,7 @@ logger = logging.getLogger("lora_dpo")
 Row = Mapping[str, Any]
 Result = TypeVar("Result")
 _NO_LIMIT = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
+_SMALL = 20_000_000  # weights
 _FOUND = "what could be had when memory ran out"
 
 
@@ -80,13 +82,19 @@ class Memory:
             recompute_layers(model, self.plan.recomputed, **how)
 
     def foresee(self) -> None:
-        """Plan as well where nothing limits the memory, for the reader of a run."""
-        if self.plan is None and self._no_plan == _NO_LIMIT:
+        """Plan as well where nothing limits the memory, for the reader of a run.
+
+        Not for a base so small that planning takes longer than its memory is worth.
+        """
+        weights = sum(p.numel() for p in self.model.parameters())
+        if self.plan is None and self._no_plan == _NO_LIMIT and weights > _SMALL:
             self.plan = self._planned(brief=True)
 
     def lines(self) -> list[str]:
-        """Return the plan in sentences, where there is one."""
-        return [] if self.plan is None else self.plan.lines()
+        """Return the plan in sentences; what the rows' lengths mean, where there is none."""
+        if self.plan is not None:
+            return self.plan.lines()
+        return [f"data: {Lengths.of(compact_rows(self.rows), self.batches.micro_batch).line()}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for JSON, as it holds now.

@@ -8,16 +8,20 @@ or read: each process keeps the state of its own share.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_dpo.errors import ConfigError
 from lora_dpo.ranks import is_engine, processes, rank
 from lora_dpo.stepping import WholeSteps
+from lora_dpo.store import read_json, write_json
 
 
 def check_zero(settings: Mapping[str, Any], *, float16: bool, skips: bool) -> None:
@@ -104,20 +108,19 @@ class ZeroTrainer(WholeSteps):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # whichever process comes first
-        torch.save(_share_of(self.model_wrapped).state_dict(), _place(output_dir))
+        _write_share(_share_of(self.model_wrapped), _place(output_dir))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER))
+            write_json(Path(output_dir, _SCHEDULE), self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not is_engine(self.model_wrapped):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        own, schedule = _place(checkpoint), Path(checkpoint, _SCHEDULER)
-        _share_of(self.model_wrapped).load_state_dict(torch.load(own, weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+        _read_share(_share_of(self.model_wrapped), _place(checkpoint))
+        self.lr_scheduler.load_state_dict(read_json(Path(checkpoint, _SCHEDULE)))
 
 
-_SCHEDULER = "scheduler.pt"
+_SCHEDULE = "scheduler.json"
 
 
 @contextlib.contextmanager
@@ -136,4 +139,26 @@ def _share_of(engine: Any) -> torch.optim.Optimizer:
 
 
 def _place(folder: str) -> Path:
-    return Path(folder, f"optimizer-{rank()}-of-{processes()}.pt")
+    return Path(folder, f"optimizer-{rank()}-of-{processes()}.safetensors")
+
+
+def _write_share(optimiser: torch.optim.Optimizer, path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    found = optimiser.state_dict()
+    for number, state in found["state"].items():
+        for name, value in state.items():
+            (tensors if isinstance(value, Tensor) else plain)[f"{number}.{name}"] = value
+    groups = json.dumps(found["param_groups"])
+    save_file(tensors, path, metadata={"plain": json.dumps(plain), "groups": groups})
+
+
+def _read_share(optimiser: torch.optim.Optimizer, path: Path) -> None:
+    with safe_open(path, framework="pt") as stored:
+        about = stored.metadata()
+        values = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**values, **json.loads(about["plain"])}.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
+    optimiser.load_state_dict({"state": state, "param_groups": json.loads(about["groups"])})

@@ -100,7 +100,7 @@ def test_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_readmes_map_names_every_room_and_no_other() -> None:
     table = README.split("## The house")[1]
-    named = set(re.findall(r"`(?:lora_dpo/)?([a-z_]+)(?:\.py|/)`", table))
+    named = set(re.findall(r"`(?:lora_dpo/)?([a-z_0-9]+)(?:\.py|/)`", table))
     package = Path(lora_dpo.__file__).parent
     rooms = {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
     rooms |= {p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"}

@@ -99,8 +99,8 @@ def _config(model: Path, data: Path, folder: Path, **train: Any) -> Config:
     [
         ("fast", True, "dpo"),
         ("fast", False, "dpo"),
-        ("fast", True, "simpo"),
-        ("plain", True, "dpo"),
+        pytest.param("fast", True, "simpo", marks=pytest.mark.slow),
+        pytest.param("plain", True, "dpo", marks=pytest.mark.slow),
         ("plain", False, "simpo"),
     ],
 )
@@ -199,7 +199,11 @@ def test_two_depths_give_the_bytes_of_any_depth_and_any_share_of_recomputed_laye
         assert found.activations(recomputed) == pytest.approx(peak_allocated(step), rel=0.1)
 
 
-@pytest.mark.parametrize("rows", [ROWS, [_row(500, 140, 140)] * 2], ids=["padded", "equal"])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(ROWS, marks=pytest.mark.slow), [_row(500, 140, 140)] * 2],
+    ids=["padded", "equal"],
+)
 def test_the_plan_of_the_librarys_own_layers_knows_whether_rows_need_a_mask(
     wide_model: Path, rows: list[dict[str, Any]]
 ) -> None:
@@ -242,6 +246,7 @@ def test_as_few_layers_are_recomputed_as_fit_and_more_room_never_means_more_byte
     assert not tight.setting.keeps_weights  # tried before it is said not to fit
 
 
+@pytest.mark.slow
 def test_each_remedy_spares_what_it_says() -> None:
     setting = Setting(LlamaConfig(**WIDE), peft_config(LoraConfig()), dtype=torch.float32, chunk=64)
     plan = make_plan(setting, ROWS, Batches(3, 2), room=1)
@@ -415,7 +420,8 @@ class _Shortage:
         self.largest = max(self.largest, tokens)
 
 
-@pytest.mark.parametrize("token_budget", [pytest.param(None, marks=pytest.mark.slow), 1500])
+@pytest.mark.slow  # a real step is in test_shortage
+@pytest.mark.parametrize("token_budget", [None, 1500])
 def test_a_step_that_runs_out_of_memory_is_done_again_in_less_and_no_number_changes(
     wide_model: Path,
     tokens: Tokenised,

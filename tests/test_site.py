@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -50,7 +52,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / RUN
 
 
-@pytest.mark.parametrize("page", PAGES)
+# what they run is run elsewhere too, and takes longest here
+DEAR = {"howto/export.md", "first_run"}
+
+
+def _dear(names: Iterable[Any]) -> list[Any]:
+    """Leave the dear ones to ``make slow``."""
+    slow, stems = pytest.mark.slow, {name: getattr(name, "stem", name) for name in names}
+    return [pytest.param(n, marks=[slow] if s in DEAR else []) for n, s in stems.items()]
+
+
+@pytest.mark.parametrize("page", _dear(PAGES))
 def test_every_command_and_snippet_of_a_page_runs(
     page: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +140,9 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", _dear(sorted((ROOT / "examples").glob("*.ipynb"))), ids=lambda p: p.stem
+)
 def test_every_notebook_runs_and_is_kept_without_outputs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_row_of_the_table_says_what_came_of_its_own_kills(world: World) -> Non
     assert f"| FAILED {SAMPLE}: another adapter | 1 |" in text
 
 
+@pytest.mark.slow
 def test_memory_and_files_of_some_hundred_steps_stay_within_their_bounds(tmp_path: Path) -> None:
     """``make soak`` has thousands, and the pace; here a leak of 60 KiB a step is seen.
 

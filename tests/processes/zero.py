@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.processes.running import called, free_port, together, torchrun
@@ -81,18 +81,9 @@ def test_the_optimisers_state_is_dealt_out_and_a_resume_goes_on_bit_for_bit(
     whole = Case("whole", "dpo", arguments=saves)
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     first = _under_deepspeed(2, [whole], tiny_model, pairs, tmp_path)
-    shares = [
-        torch.load(checkpoint / f"optimizer-{number}-of-2.pt", weights_only=True)
-        for number in range(2)
-    ]
-    sizes = [
-        sum(value.numel() for state in share["state"].values() for value in state.values())
-        for share in shares
-    ]
-    adapter = sum(
-        value.numel()
-        for value in _tensors(tmp_path / "whole" / "checkpoint-3" / "adapter_model.safetensors")
-    )
+    shares = [load_file(checkpoint / f"optimizer-{number}-of-2.safetensors") for number in range(2)]
+    sizes = [sum(value.numel() for value in share.values()) for share in shares]
+    adapter = sum(v.numel() for v in load_file(checkpoint / "adapter_model.safetensors").values())
     assert sizes[0] == pytest.approx(sizes[1], abs=64)
     assert sum(sizes) == pytest.approx(2 * adapter, abs=256)  # two moments a weight, padding beside
     again = replace(whole, resume=str(checkpoint))
@@ -100,12 +91,6 @@ def test_the_optimisers_state_is_dealt_out_and_a_resume_goes_on_bit_for_bit(
     assert second[0]["whole"]["logs"] == first[0]["whole"]["logs"]
     ours, theirs = (place / "whole.safetensors" for place in (tmp_path / "again", tmp_path))
     assert ours.read_bytes() == theirs.read_bytes()
-
-
-def _tensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(path).values()
 
 
 def test_steps_that_are_skipped_are_refused(
