@@ -18,15 +18,20 @@ ROOT = Path(__file__).parents[1]
 COMPARE = ROOT / "benchmarks" / "compare_trl.py"
 
 
+def _report(words: str, folder: Path) -> dict[str, Any]:
+    """Return what a comparison named test has written into a folder."""
+    command = [sys.executable, str(COMPARE), *words.split(), "--name", "test", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads((folder / "compare_trl_test.json").read_text())
+    return report
+
+
 def test_the_comparison_with_trl_starts_both_at_ln_2(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     words = "--tiny --layers 1 --steps 2 --warmup 1 --repeats 1 --accum 2 --prompt 8 --response 6"
-    words += f" --jitter 0.5 --runs ours,trl --profile --name test --out {tmp_path}"
-    done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "compare_trl_test.json").read_text())
+    words += " --jitter 0.5 --runs ours,trl --profile"
+    report = _report(words, tmp_path)
     facts = {"date", "machine", "versions", "settings", "pairs"}
     assert set(report) == facts | {"summary", "runs", "profiles"}
     assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
@@ -57,12 +62,8 @@ def test_the_smallest_setting_and_a_stored_reference_run_and_say_what_they_took(
     pytest.importorskip("trl")
     words = "--tiny --layers 2 --steps 1 --warmup 1 --repeats 1 --micro 2 --accum 1 --prompt 8"
     words += " --response 6 --epochs 3 --runs ours+cached,ours+gc+all+8bit+cpuembed,trl+8bit+micro1"
-    words += f" --trl precompute_ref_log_probs=true --name test --out {tmp_path}"
-    done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "compare_trl_test.json").read_text())
+    words += " --trl precompute_ref_log_probs=true"
+    report = _report(words, tmp_path)
     cached, smallest, theirs = report["runs"]
     assert [run["layout"]["recomputed_layers"] for run in report["runs"]] == [0, 2, 0]
     for run in (cached, theirs):  # a step and a third of the pass over its two pairs
@@ -87,12 +88,8 @@ def test_layers_that_a_budget_leaves_alone_are_not_counted_as_recomputed(
 ) -> None:
     pytest.importorskip("trl")
     words = "--tiny --layers 2 --steps 1 --warmup 0 --repeats 1 --accum 1 --prompt 8 --response 6"
-    words += f" --runs ours+gc --ours memory_budget_gib={budget} --name test --out {tmp_path}"
-    done = subprocess.run(
-        [sys.executable, str(COMPARE), *words.split()], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "compare_trl_test.json").read_text())
+    words += f" --runs ours+gc --ours memory_budget_gib={budget}"
+    report = _report(words, tmp_path)
     assert report["runs"][0]["layout"]["recomputed_layers"] == (2 if budget < 1 else 0)
     row = report["summary"]["runs"]["ours+gc"]
     with_all, without = (
