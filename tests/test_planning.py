@@ -501,6 +501,7 @@ def test_the_largest_micro_batch_has_different_prompts_and_no_more_rows_than_a_s
         assert len(few) == 2
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_saved_adapter_and_of_8_bits_and_what_is_not_planned(
     wide_model: Path, preferences: Path, tmp_path: Path
 ) -> None:

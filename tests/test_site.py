@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # what they run is run elsewhere too, and takes longest here
-DEAR = {"howto/export.md", "first_run"}
+DEAR = {"howto/export.md", "howto/watch.md", "first_run", "look_at_data"}
 
 
 def _dear(names: Iterable[Any]) -> list[Any]:
