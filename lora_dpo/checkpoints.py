@@ -238,8 +238,8 @@ def evaluated_at_its_end(folder: Path) -> bool:
 
 
 def lacks_its_epochs_evaluation(folder: Path) -> bool:
-    """Whether a checkpoint was written at the end of an epoch, and its log ends before the evaluation."""
+    """Whether a checkpoint was written at the end of an epoch, or of all, and its evaluation is not logged."""
     state = read_json(folder / "trainer_state.json")
     steps = [line["step"] for line in state["log_history"] if "eval_loss" in line]
-    ended = float(state["epoch"]).is_integer() and state["global_step"] < state["max_steps"]
+    ended = float(state["epoch"]).is_integer() or state["global_step"] == state["max_steps"]
     return bool(ended and state["global_step"] != (steps or [None])[-1])
