@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_dpo.errors import TrainingError
+from lora_dpo.heads import causal_lm
 from lora_dpo.passes import Step
 from lora_dpo.ranks import is_engine
-from lora_dpo.reference_cache import row_places
+from lora_dpo.reference_cache import NAMED, row_places
 
 logger = logging.getLogger("lora_dpo")
 
@@ -47,6 +49,35 @@ class Steps:
         """Count on from those of a checkpoint."""
         self.skipped = state["skipped"]
         self._in_a_row, self._overflows = state["in_a_row"], state["overflows"]
+
+    def foresee(self, model: nn.Module, rows: Any) -> None:
+        """Look for rows to which the base can give no log-prob, before the first step.
+
+        A token has none whose embedding is not finite, or whose bias in the head is -inf, as where
+        somebody has masked it.
+
+        Args:
+            model: the policy.
+            rows: of a ``Tokenised``.
+
+        Raises:
+            TrainingError: names the rows, where the run is to stop.
+        """
+        hits = _rows_with(rows, *_tokens_without_numbers(model))
+        if not hits:
+            return
+        tokens = sorted(set().union(*hits.values()))
+        problem = (
+            f"{row_places([rows[place] for place in hits])}: holds a token to which the base gives no "
+            f"log-prob (token {', '.join(map(str, tokens[:NAMED]))}: its embedding is not finite, or the "
+            "head masks it)"
+        )
+        if self.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{problem}. Nothing was trained. Remove these rows, or leave their steps out with "
+                "train.on_nonfinite: skip."
+            )
+        logger.warning("%s; steps with these rows will be left out", problem)
 
     def updates(self, trainer: Any, model: nn.Module, rows: Sequence[Row], found: Step) -> bool:
         """Return whether the gradients that are there are to be applied; if not, they are gone.
@@ -160,3 +191,33 @@ def _in_words(name: str) -> str:
     who, *rest = name.removesuffix("_logps").split("_")
     side = f" of {' '.join(rest)}" if rest else ""
     return f"the log-prob{side} under the {who}"
+
+
+def _tokens_without_numbers(model: nn.Module) -> tuple[list[int], list[int]]:
+    """Return the tokens that the base cannot read, and those that it never says."""
+    causal = causal_lm(model)
+    embeddings, head = (
+        getattr(layer, "original_module", getattr(layer, "base_layer", layer))  # not the adapters'
+        for layer in (causal.get_input_embeddings(), causal.get_output_embeddings())
+    )
+    ends: Tensor = torch.stack(embeddings.weight.detach().aminmax(dim=1))  # no copy of the matrix
+    unread = (~torch.isfinite(ends)).any(0).nonzero().flatten().tolist()
+    bias = getattr(head, "bias", None)
+    return unread, [] if bias is None else bias.detach().isneginf().nonzero().flatten().tolist()
+
+
+def _rows_with(rows: Any, unread: list[int], unsaid: list[int]) -> dict[int, set[int]]:
+    """Return the rows that hold one of these tokens, with those that they hold."""
+    found: dict[int, set[int]] = {}
+    if not unread and not unsaid:
+        return found
+    columns = {
+        name: np.array(unread if name == "prompt_ids" else [*unread, *unsaid])
+        for name in rows.column_names
+        if name.endswith("_ids")
+    }
+    for place, row in enumerate(rows.with_format("numpy", columns=list(columns))):
+        held = {int(t) for name, bad in columns.items() for t in row[name][np.isin(row[name], bad)]}
+        if held:
+            found[place] = held
+    return found

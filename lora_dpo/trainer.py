@@ -323,6 +323,7 @@ class PreferenceTrainer(ResumableTrainer):
 
     def self_check(self) -> list[str]:
         """Return sentences on engine, policy and reference, after proving that they agree."""
+        self.steps.foresee(self.model, self.train_dataset)
         stats = self._probe()
         scale = max(map(abs, self._check_logps), default=0.0)
         lines = start_lines(self.model, self.objective, self.states, stats, scale)

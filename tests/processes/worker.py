@@ -53,7 +53,7 @@ class Case:
         store: folder of reference log-probs; ``{rank}`` stands for the number of the process.
         signal_at: step at which the last process gets a SIGTERM, and no other.
         sharded: whether the base is dealt out among the processes.
-        bad_row: the training row, from 1, whose log-prob is no number; 0 for none.
+        bad_row: the training row, from 1, whose log-prob is no number from the start of training on; 0 for none.
     """
 
     name: str
@@ -78,6 +78,16 @@ class Terminated(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.step == state.global_step + 1 and rank() == processes() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Spoilt(TrainerCallback):
+    """Spoils a token's embedding once the run has begun, when nothing can be foreseen any more."""
+
+    def __init__(self, token: list[int]) -> None:
+        self.token = token
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        kw["model"].get_input_embeddings().weight.data[self.token] = torch.inf
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -113,12 +123,12 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
     arguments = build_arguments(settings, output_dir=str(folder), evaluates=False)
     policy = load_policy(model, lora=LoraConfig(rank=4))
     move_adapter(policy, std=0.02)
+    spoilt: list[TrainerCallback] = []
     if case.bad_row:
         place = case.bad_row - 1
         bad = {**pairs[place], "chosen": pairs[place]["chosen"] + BAD}
         pairs = [*pairs[:place], bad, *pairs[place + 1 :]]
-        token = tokenizer(BAD, add_special_tokens=False).input_ids
-        policy.get_input_embeddings().weight.data[token] = torch.inf
+        spoilt = [Spoilt(tokenizer(BAD, add_special_tokens=False).input_ids)]
     if case.sharded:
         shard_base(policy)
     trainer = PreferenceTrainer(
@@ -130,7 +140,7 @@ def run(case: Case, model: Path, pairs: list[dict[str, str]], out: Path) -> dict
         reference_is="base",
         reference_moves=NEVER if case.moves == "none" else ReferenceMoves(case.moves, 2),  # type: ignore[arg-type]
         reference_cache=case.store.format(rank=rank()) or None,
-        callbacks=[Terminated(case.signal_at)],
+        callbacks=[Terminated(case.signal_at), *spoilt],
         **case.trainer,
     )
     trainer.write_metrics_to(folder / "metrics.jsonl")
