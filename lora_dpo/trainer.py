@@ -327,9 +327,8 @@ class PreferenceTrainer(ResumableTrainer):
         stats = self._probe()
         scale = max(map(abs, self._check_logps), default=0.0)
         lines = start_lines(self.model, self.objective, self.states, stats, scale)
-        told = (
-            [] if getattr(self.engine, "warns", False) else [self.engine]
-        )  # a warning is told already
+        # a warning is told already
+        told = [] if getattr(self.engine, "warns", False) else [self.engine]
         return [*told, *self.memory.lines(), *self._kept_lines, *lines]
 
     @property

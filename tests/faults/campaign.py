@@ -35,9 +35,8 @@ class Campaign:
         self.world, self.kills = world, kills
         self.whole: dict[str, Whole] = {}
         self.kept: list[Kill] = []
-        self.broken: set[int] = (
-            set()
-        )  # places in ``kept`` of kills whose run did not end as it should
+        # places in ``kept`` of kills whose run did not end as it should
+        self.broken: set[int] = set()
         self.tried: list[Tried] = []
         self.failures: list[str] = []
         self.bar = tqdm(total=kills, unit="kill", mininterval=1)
