@@ -41,6 +41,7 @@ from lora_dpo.policy import (
     check_base,
     compute_dtype,
     describe_policy,
+    let_segments_grow,
     load_policy,
     peft_config,
     save_adapter,
@@ -91,6 +92,7 @@ def train(
             weights load, and nothing is written.
     """
     show_log_lines()
+    let_segments_grow()
     refuse_launch()
     config = _as_config(config).resolved()
     check_sharding(config, launched_processes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,25 @@ def test_a_checkpoint_quantised_by_bitsandbytes_is_accepted(
     policy = load_policy(tmp_path / "bnb")
     assert describe_policy(policy).total_layers["4-bit"] == 14
     assert torch.equal(_logps(policy), _reference_logps(policy))
+
+
+@pytest.mark.parametrize(
+    ("own", "in_use", "asked"),
+    [
+        (None, False, "expandable_segments:True"),
+        (None, True, None),  # torch has read its settings by then
+        ("PYTORCH_ALLOC_CONF", False, "theirs"),
+        ("PYTORCH_CUDA_ALLOC_CONF", False, None),
+    ],
+)
+def test_memory_of_a_card_grows_in_segments_unless_the_user_has_settings(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, in_use: bool, asked: Any
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "theirs")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    load_policy(tiny_model)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == asked

@@ -18,9 +18,6 @@ import typer
 # as anything else runs beside it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-# Likewise: rows of all lengths leave holes in memory that is cut into fixed pieces.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 app = typer.Typer(
     no_args_is_help=True,

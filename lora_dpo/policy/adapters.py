@@ -26,6 +26,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.policy.bases import (
     default_device,
     guard_cpu_kernels,
+    let_segments_grow,
     load_base,
     silence_base_dropout,
 )
@@ -75,6 +76,7 @@ def load_policy(
             "load_policy: got both 'lora' and 'adapter'; an adapter that is started from brings its "
             "own rank, alpha and targets."
         )
+    let_segments_grow()
     place = torch.device(device) if device is not None else default_device()
     if isinstance(base, PreTrainedModel):
         model = base

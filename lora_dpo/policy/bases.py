@@ -50,13 +50,23 @@ def compute_dtype(asked: str = "auto", device: torch.device | None = None) -> to
     )
 
 
+def let_segments_grow() -> None:
+    """Have torch take a card's memory in segments that grow: rows of all lengths leave holes in fixed ones.
+
+    To be called before the first use of a card, when torch reads this setting; later it changes nothing, nor
+    does it where the user has settings of their own.
+    """
+    own = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if not own and not torch.cuda.is_initialized():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def default_device() -> torch.device:
     """Return the current accelerator, or the CPU; of several processes each has its own."""
     if torch.cuda.is_available():
         own = int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device())
-        seen = (
-            own < torch.cuda.device_count()
-        )  # a launcher may show each process its own card alone
+        # a launcher may show each process its own card alone
+        seen = own < torch.cuda.device_count()
         return torch.device("cuda", own if seen else torch.cuda.current_device())
     return torch.device("cpu")
 
