@@ -141,9 +141,8 @@ def activation_bytes(
     tokens = sum(prompt + sum(answers) for prompt, answers in laid)
     predicted = sum(sum(answers) for _, answers in laid)
     kept = element * (4 * size.width + 2 * size.query + 2 * size.keys + 2 * size.inner)
-    waiting = tokens * (
-        recomputed * element * size.width + (size.layers - recomputed) * kept
-    )  # until backward
+    # until backward
+    waiting = tokens * (recomputed * element * size.width + (size.layers - recomputed) * kept)
     in_flight = tokens * element * 2 * (size.width + size.inner)
     in_flight += tokens * kept * (recomputed > 0) + element * size.width * size.inner
     head = min(chunk, predicted) * size.vocabulary * (element + 4)

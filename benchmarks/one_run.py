@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import profiling
 import shapes
 import sides
+import telling
 
 GIB = 1024**3
 
@@ -119,12 +119,6 @@ def timer(meter: Meter) -> Any:
     return Timer()
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, least and greatest."""
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {key: round(value, 5) for key, value in found.items()}
-
-
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Train, and return what was measured."""
     import datasets  # noqa: F401  (imported before memory is counted, on both sides)
@@ -180,8 +174,8 @@ def timings(spec: dict[str, Any], trainer: Any, meter: Meter, pairs: list[Any]) 
         "pairs_per_s": round(len(timed) / whole[0], 4),
         "cpu_s_per_pair": round(whole[1] / len(timed), 5),
         "tokens_per_s": round(sum(map(shapes.usual_tokens, timed)) / whole[0], 1),
-        "step_s": spread(wall),
-        "step_cpu_s": spread(cpu),
+        "step_s": telling.spread(wall),
+        "step_cpu_s": telling.spread(cpu),
         "memory_gib": meter.memory(),
         "adapter_dtype": str(trained[0].dtype),
         "adapter_parameters": sum(p.numel() for p in trained),
