@@ -306,11 +306,11 @@ def _token_subsets(batch: Batch | FlatBatch, needs: Set[str]) -> dict[str, Tenso
 def _draw(lengths: Tensor, shorter: Tensor) -> Tensor:
     """Draw ``shorter`` tokens of each completion; pair by pair, so that no batch split matters."""
     pairs = len(lengths) // 2
+    tokens, drawn = torch.stack([lengths, shorter]).tolist()  # the device is waited for once
     masks: list[Tensor] = [torch.empty(0)] * len(lengths)
     for pair in range(pairs):
         for row in (pair, pair + pairs):
-            order = torch.rand(int(lengths[row])).argsort()
-            masks[row] = order < int(shorter[row])
+            masks[row] = torch.rand(tokens[row]).argsort() < drawn[row]
     return torch.cat(masks).to(lengths.device)
 
 

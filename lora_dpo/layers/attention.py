@@ -83,7 +83,7 @@ def _branch(
 
         mask: Any = causal_lower_right(length, whole)  # dispatched to the flash kernel, no tensor
     else:
-        mask = torch.ones(length, whole, dtype=torch.bool).tril(whole - length)
+        mask = torch.ones(length, whole, dtype=torch.bool, device=query.device).tril(whole - length)
     return scaled_dot_product_attention(
         query[:, :, own], keys, values, attn_mask=mask, scale=scaling
     )
