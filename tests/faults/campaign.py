@@ -51,12 +51,14 @@ class Campaign:
     def run(self) -> None:
         """Do all of it."""
         serial, exports = 0, max(self.kills // 6, 1)
-        settings = list(SETTINGS)
+        turns: list[str] = []
         while len(self.kept) < self.kills - exports:
-            name = settings[serial % len(settings)]
+            name, before = min(SETTINGS, key=turns.count), len(self.kept) + len(self.failures)
             expected = self.of(name)
             self.bar.set_postfix_str(name)
             self._note(killed_run(self.world, name, expected, self._moments(name), serial), name)
+            if len(self.kept) + len(self.failures) > before:
+                turns.append(name)  # else it ended before its first moment came by: its turn again
             serial += 1
             if serial > 4 * self.kills:
                 raise SystemExit("kills do not hit: is something wrong with the processes?")
