@@ -19,9 +19,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lora_dpo.lines import json_line, refuse_link, whole_lines
 from lora_dpo.ranks import largest, launched_as
 from lora_dpo.showing import Lines
-from lora_dpo.store import MANIFEST, json_line, refuse_link, sync, whole_lines, write_bytes
+from lora_dpo.store import MANIFEST, sync, write_bytes
 
 logger = logging.getLogger("lora_dpo")
 

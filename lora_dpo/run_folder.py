@@ -32,6 +32,7 @@ from lora_dpo.checkup import installed_version
 from lora_dpo.config import Config
 from lora_dpo.data import Tokenised
 from lora_dpo.errors import DataError, OutputError
+from lora_dpo.lines import whole_lines
 from lora_dpo.moving_reference import ReferenceMoves
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import (
@@ -43,7 +44,7 @@ from lora_dpo.policy import (
 )
 from lora_dpo.preparing import load_tokenizer, prepare_data
 from lora_dpo.stepping import fitted
-from lora_dpo.store import read_json, read_manifest, whole_lines
+from lora_dpo.store import read_json, read_manifest
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,9 +27,9 @@ from lora_dpo.data import (
 from lora_dpo.data.preferences import Kind
 from lora_dpo.errors import ConfigError, DataError
 from lora_dpo.heads import base_dtype
+from lora_dpo.lines import add_lines, keep_lines_until
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.ranks import forget_preparation, refuse_launch, whole_steps
-from lora_dpo.store import add_lines, keep_lines_until
 
 logger = logging.getLogger("lora_dpo")
 

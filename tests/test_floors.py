@@ -13,7 +13,7 @@ PACKAGE = Path(lora_dpo.__file__).parent
 
 FLOORS = {
     "errors": -1,
-    "stats": 0, "store": 0, "randomness": 0, "ranks": 0, "showing": 1, "journal": 1, "sealing": 1,
+    "stats": 0, "store": 0, "randomness": 0, "ranks": 0, "showing": 1, "journal": 1, "lines": 1, "sealing": 1,
     "objectives": 1, "logprobs": 1, "before_and_after": 2, "metrics": 2, "describe": 2, "testing": 2,
     "config": 2, "arguments": 2,
     "data": 3, "policy": 3,

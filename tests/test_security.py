@@ -42,12 +42,13 @@ from lora_dpo.handing.asking import Endpoint
 from lora_dpo.handing.modelfile import read_turns
 from lora_dpo.handing.plain_reload import reload
 from lora_dpo.judging import open_judge
+from lora_dpo.lines import add_lines
 from lora_dpo.policy import as_published, check_base, load_policy
 from lora_dpo.preparing import load_tokenizer
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run
 from lora_dpo.showing import Lines, page
-from lora_dpo.store import MANIFEST, add_lines, fingerprint, read_json, write_json, write_manifest
+from lora_dpo.store import MANIFEST, fingerprint, read_json, write_json, write_manifest
 from tests.conftest import byte_tokenizer
 from tests.judge_server import Reply, completion, serving
 

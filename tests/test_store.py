@@ -13,14 +13,13 @@ import pytest
 
 from lora_dpo.errors import OutputError
 from lora_dpo.journal import open_journal
+from lora_dpo.lines import lines_until, whole_lines
 from lora_dpo.store import (
     fingerprint,
-    lines_until,
     lock,
     new_folder,
     read_json,
     read_manifest,
-    whole_lines,
     write_json,
     write_manifest,
 )

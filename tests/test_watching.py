@@ -29,10 +29,10 @@ from lora_dpo.diagnostics import detectors
 from lora_dpo.diagnostics.detectors import Answers
 from lora_dpo.diagnostics.running import FALL_A_TOKEN, FEWEST_LINES
 from lora_dpo.errors import ConfigError, TrainingError
+from lora_dpo.lines import add_lines, lines_until
 from lora_dpo.policy import load_policy, save_adapter
 from lora_dpo.run import train
 from lora_dpo.showing import bar
-from lora_dpo.store import add_lines, lines_until
 from lora_dpo.trainer import PreferenceTrainer
 from lora_dpo.watching import add_samples
 from lora_dpo.watching.advice import NORMAL, Advisor

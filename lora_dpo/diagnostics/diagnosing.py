@@ -26,9 +26,9 @@ from lora_dpo.diagnostics.measuring import (
     score,
 )
 from lora_dpo.evaluation import collect_stats
+from lora_dpo.lines import whole_lines
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import adapter_change
-from lora_dpo.store import whole_lines
 
 logger = logging.getLogger("lora_dpo")
 

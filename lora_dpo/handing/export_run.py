@@ -24,11 +24,12 @@ from lora_dpo.handing.modelfile import modelfile
 from lora_dpo.handing.pushing import check_repo_id, push
 from lora_dpo.handing.reloading import reload_in_a_fresh_process
 from lora_dpo.handing.serving import BASE_FOLDER, serve_adapter, serve_merged
+from lora_dpo.lines import add_lines
 from lora_dpo.policy import Folded
 from lora_dpo.proving import Proof
 from lora_dpo.run_folder import Run
 from lora_dpo.smoking import SMOKE_FILE
-from lora_dpo.store import add_lines, read_json, write_text
+from lora_dpo.store import read_json, write_text
 
 logger = logging.getLogger("lora_dpo")
 

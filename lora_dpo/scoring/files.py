@@ -19,12 +19,13 @@ from lora_dpo.data.report import DataReport
 from lora_dpo.data.sources import open_spec, specs
 from lora_dpo.data.transcripts import is_transcript
 from lora_dpo.errors import DataError
+from lora_dpo.lines import json_line
 from lora_dpo.preparing import tokenise_rows
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring.categories import SUBSET, Accuracy, Section, overall, sections_of
 from lora_dpo.scoring.rewards import Scores, labelled, reward_in_words, score_ids
 from lora_dpo.showing import Displayed, hanging, said
-from lora_dpo.store import json_line, refuse_existing, write_text
+from lora_dpo.store import refuse_existing, write_text
 
 logger = logging.getLogger("lora_dpo")
 

@@ -17,12 +17,12 @@ from lora_dpo.diagnostics.detectors import Answers
 from lora_dpo.diagnostics.diagnosing import HELD_OUT, TRAINING
 from lora_dpo.diagnostics.findings import Finding
 from lora_dpo.diagnostics.measuring import curves, rewards_by_side
+from lora_dpo.lines import add_lines, lines_until
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.objectives.bound import States
 from lora_dpo.passes import Step
 from lora_dpo.randomness import random_state, restore_random
 from lora_dpo.stats import AnyStats, PairStats
-from lora_dpo.store import add_lines, lines_until
 
 logger = logging.getLogger("lora_dpo")
 

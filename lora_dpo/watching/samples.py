@@ -14,9 +14,9 @@ from lora_dpo.data import Tokenised
 from lora_dpo.diagnostics.measuring import prompts_of
 from lora_dpo.generation import sample_ids
 from lora_dpo.heads import causal_lm
+from lora_dpo.lines import add_lines, lines_until
 from lora_dpo.sharding import is_sharded
 from lora_dpo.showing import visible
-from lora_dpo.store import add_lines, lines_until
 
 logger = logging.getLogger("lora_dpo")
 
