@@ -30,8 +30,8 @@ from lora_dpo import PreferenceTrainer, load_policy, load_preferences, objective
 from lora_dpo.data import Tokenised, collate_labelled
 from lora_dpo.evaluation import Estimate, mean_interval
 from lora_dpo.forward import completion_logps
-from lora_dpo.generation import encode_prompt
 from lora_dpo.policy import reference
+from lora_dpo.prompt_tokens import encode_prompt
 from lora_dpo.quickstart import DATA_DIR, MODEL_DIR
 from lora_dpo.quickstart.reward import true_reward
 from lora_dpo.reference_cache import with_reference_logps

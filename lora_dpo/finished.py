@@ -17,10 +17,11 @@ from lora_dpo.diagnostics import (
 )
 from lora_dpo.engine import choose_engine
 from lora_dpo.evaluation import Evaluation, evaluate_policy
-from lora_dpo.generation import Prompt, SideBySide, as_trained, generate_side_by_side
+from lora_dpo.generation import SideBySide, generate_side_by_side
 from lora_dpo.guards import check_context
 from lora_dpo.policy import check_base, load_policy, peft_config
 from lora_dpo.preparing import load_rows, load_tokenizer, reference_cache, tokenise_rows
+from lora_dpo.prompt_tokens import Prompt, as_trained
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run
 from lora_dpo.stepping import fitted, row_length

@@ -6,26 +6,20 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
-from lora_dpo.data.imitations import encode_conversation
-from lora_dpo.data.report import excerpt
-from lora_dpo.data.vocabulary import Vocabulary, one_bos, without_bos
 from lora_dpo.ends import stop_tokens
-from lora_dpo.errors import ModelError
 from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import reference, unwrap
+from lora_dpo.prompt_tokens import Prompt, encode_prompt, prompt_text
 from lora_dpo.randomness import forked
 from lora_dpo.showing import Told
 
 logger = logging.getLogger("lora_dpo")
-
-Prompt = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -260,81 +254,6 @@ def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
     """Cut a row of a batch behind its first end token; what follows is padding."""
     place = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
     return ids[: place + 1]
-
-
-def encode_prompt(
-    tokenizer: Any, prompt: Prompt, template_arguments: Mapping[str, Any] | None = None
-) -> list[int]:
-    """Return the tokens of a prompt as training saw it: through the chat template, or plain.
-
-    Raises:
-        ModelError: a chat, and a tokenizer without chat template, or with one that refuses it.
-    """
-    if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the prompt is a chat and the tokenizer has no chat template; give plain text, or set "
-                "data.chat_template."
-            )
-        return _encode_chat(tokenizer, prompt, template_arguments or {})
-    text, opened = without_bos(tokenizer, prompt)
-    # in a text nothing is a control token
-    ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    if opened and tokenizer.bos_token_id not in ids[:1]:
-        ids.insert(0, tokenizer.bos_token_id)
-    return ids
-
-
-def _encode_chat(
-    tokenizer: Any, prompt: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
-) -> list[int]:
-    def render(turns: Sequence[Mapping[str, Any]]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=True, **arguments
-            )
-        )
-
-    try:
-        vocabulary = _vocabulary(tokenizer, tokenizer.eos_token_id, len(tokenizer))
-        ids, plain = encode_conversation(vocabulary, render, list(prompt))
-    except Exception as error:  # a template is a program that came with the model
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"the chat template cannot render the prompt ({reason}); its roles are "
-            f"{', '.join(str(turn.get('role')) for turn in prompt)}. Set data.chat_template to one that can."
-        ) from None
-    if not plain:
-        logger.warning(
-            "a prompt holds text of control tokens, which this tokenizer or chat template cannot keep "
-            "as text: %s",
-            excerpt(prompt_text(prompt)),
-        )
-    return one_bos(tokenizer, ids)[0]
-
-
-@lru_cache(maxsize=4)
-def _vocabulary(tokenizer: Any, end: int | None, size: int) -> Vocabulary:
-    """Return what is known of a tokenizer's tokens: looking at thousands of them takes its time."""
-    stops: frozenset[int] = frozenset() if end is None else frozenset({int(end)})
-    return Vocabulary(tokenizer, stops, end or 0, tokenizer.bos_token_id)
-
-
-def as_trained(prompts: Sequence[Prompt], *, chat: bool) -> list[Prompt]:
-    """Return prompts in the form that a run was trained on: a text becomes the user's turn in chats."""
-    return [
-        [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """Return a prompt for people to read."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _generate(

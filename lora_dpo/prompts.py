@@ -16,8 +16,8 @@ from lora_dpo.data.problems import BadRow, Problems
 from lora_dpo.data.readers import is_known, read_file
 from lora_dpo.data.sources import as_path
 from lora_dpo.errors import DataError
-from lora_dpo.generation import Prompt, as_trained
 from lora_dpo.preparing import load_rows
+from lora_dpo.prompt_tokens import Prompt, as_trained
 from lora_dpo.run_folder import Run
 
 logger = logging.getLogger("lora_dpo")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dpo.generation import encode_prompt
 from lora_dpo.heads import causal_lm, compute_context, home_device
 from lora_dpo.policy import unwrap
+from lora_dpo.prompt_tokens import encode_prompt
 
 SMOKE_FILE = "smoke_test.json"
 PROMPTS = (

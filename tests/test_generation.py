@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from lora_dpo.config import LoraConfig
-from lora_dpo.generation import complete, draw, encode_prompt, end_ids, sample_ids
+from lora_dpo.generation import complete, draw, end_ids, sample_ids
 from lora_dpo.policy import load_policy
+from lora_dpo.prompt_tokens import encode_prompt
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

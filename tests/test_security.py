@@ -35,7 +35,6 @@ from lora_dpo.data import load_preferences, tokenise
 from lora_dpo.data.caching import load as load_cached
 from lora_dpo.ends import end_of_turn
 from lora_dpo.errors import ConfigError, DataError, LoraDpoError, ModelError, OutputError
-from lora_dpo.generation import encode_prompt
 from lora_dpo.guards import check_scaler
 from lora_dpo.handing import push, smoke, write_gguf
 from lora_dpo.handing.asking import Endpoint
@@ -45,6 +44,7 @@ from lora_dpo.judging import open_judge
 from lora_dpo.lines import add_lines
 from lora_dpo.policy import as_published, check_base, load_policy
 from lora_dpo.preparing import load_tokenizer
+from lora_dpo.prompt_tokens import encode_prompt
 from lora_dpo.reference_store import stored_reference_logps
 from lora_dpo.run_folder import Run
 from lora_dpo.showing import Lines, page

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from lora_dpo.cli import app
 from lora_dpo.errors import ConfigError, ModelError, OutputError
-from lora_dpo.generation import encode_prompt
 from lora_dpo.handing import smoke
+from lora_dpo.prompt_tokens import encode_prompt
 from lora_dpo.smoking import (
     SMOKE_FILE,
     difference,

@@ -17,9 +17,9 @@ from lora_dpo.comparing.comparison import AnswerRow, Comparison, ModelFigures
 from lora_dpo.comparing.measures import Array, Measured, against, columns_of, measure, wins
 from lora_dpo.comparing.together import adapters_of, check_together, load_together, names_of
 from lora_dpo.errors import ConfigError, JudgeError, UnreadableAnswerError
-from lora_dpo.generation import encode_prompt, prompt_text
 from lora_dpo.judging import Judge, Judgement, judge_answers, open_judge
 from lora_dpo.policy import acting, check_base
+from lora_dpo.prompt_tokens import encode_prompt, prompt_text
 from lora_dpo.prompts import check_room, read_prompts
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring import Scores, context_of, reward_in_words, score_ids

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from lora_dpo.checkup import Check, shown_checks
 from lora_dpo.errors import ConfigError, LoraDpoError, ModelError, OutputError
-from lora_dpo.generation import encode_prompt
 from lora_dpo.handing.asking import Endpoint
 from lora_dpo.policy import load_adapter
+from lora_dpo.prompt_tokens import encode_prompt
 from lora_dpo.proving import load_plain
 from lora_dpo.sealing import check_seal
 from lora_dpo.showing import Displayed

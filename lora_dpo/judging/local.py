@@ -12,13 +12,13 @@ from torch import nn
 from lora_dpo.config import Config
 from lora_dpo.diagnostics.measuring import token_scores
 from lora_dpo.errors import UnreadableAnswerError
-from lora_dpo.generation import encode_prompt
 from lora_dpo.heads import causal_lm
 from lora_dpo.judging.questions import question
 from lora_dpo.judging.verdicts import Choice
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.policy import load_base
 from lora_dpo.preparing import load_tokenizer
+from lora_dpo.prompt_tokens import encode_prompt
 
 
 class LocalJudge:

@@ -20,10 +20,11 @@ from lora_dpo.config import Config
 from lora_dpo.data import collate_labelled
 from lora_dpo.evaluation import Estimate, mean_interval
 from lora_dpo.forward import completion_logps
-from lora_dpo.generation import SideBySide, encode_prompt, generate_side_by_side, prompt_text
+from lora_dpo.generation import SideBySide, generate_side_by_side
 from lora_dpo.handing import export
 from lora_dpo.heads import home_device
 from lora_dpo.policy import reference
+from lora_dpo.prompt_tokens import encode_prompt, prompt_text
 from lora_dpo.quickstart import DATA_DIR, HERE, MODEL_DIR
 from lora_dpo.quickstart.reward import true_reward
 from lora_dpo.run import train

@@ -13,10 +13,11 @@ from typing import Any
 from lora_dpo.config import Config
 from lora_dpo.data.records import text_key
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.generation import Prompt, draw, encode_prompt
+from lora_dpo.generation import draw
 from lora_dpo.journal import Journal
 from lora_dpo.policy import check_base, load_base
 from lora_dpo.preparing import load_tokenizer
+from lora_dpo.prompt_tokens import Prompt, encode_prompt
 from lora_dpo.prompts import check_room, read_prompts
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring import context_of

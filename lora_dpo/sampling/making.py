@@ -18,9 +18,9 @@ from lora_dpo.callbacks import show_log_lines
 from lora_dpo.data import Pair, load_preferences
 from lora_dpo.data.scores import RULES, RankingPairs
 from lora_dpo.errors import ConfigError, DataError, OutputError
-from lora_dpo.generation import Prompt
 from lora_dpo.journal import Journal, open_journal
 from lora_dpo.labelling import label
+from lora_dpo.prompt_tokens import Prompt
 from lora_dpo.run_folder import Run
 from lora_dpo.sampling.drawing import Drawer, check_context, draw_all, kept
 from lora_dpo.sampling.result import Samples

@@ -21,11 +21,11 @@ import numpy as np
 
 from lora_dpo.data.messages import shown
 from lora_dpo.errors import ConfigError, nearest
-from lora_dpo.generation import Prompt, as_trained, prompt_text
 from lora_dpo.journal import Journal
 from lora_dpo.judging import Judge, PositionBias, Verdict, judge_answers, open_judge
 from lora_dpo.policy import check_base
 from lora_dpo.preparing import stop_ids
+from lora_dpo.prompt_tokens import Prompt, as_trained, prompt_text
 from lora_dpo.run_folder import Run
 from lora_dpo.sampling.drawing import base_config
 from lora_dpo.scoring import score

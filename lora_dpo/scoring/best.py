@@ -13,17 +13,11 @@ from torch import nn
 
 from lora_dpo import objectives
 from lora_dpo.errors import ConfigError
-from lora_dpo.generation import (
-    Prompt,
-    as_trained,
-    encode_prompt,
-    end_ids,
-    prompt_text,
-    sample_ids,
-)
+from lora_dpo.generation import end_ids, sample_ids
 from lora_dpo.heads import causal_lm
 from lora_dpo.objectives import BoundObjective
 from lora_dpo.policy import check_base
+from lora_dpo.prompt_tokens import Prompt, as_trained, encode_prompt, prompt_text
 from lora_dpo.prompts import check_room
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring.rewards import context_of, score_ids

@@ -21,10 +21,10 @@ from lora_dpo.data import DataReport, Labelled, Origin, Preferences, tokenise
 from lora_dpo.diagnostics.measuring import Scored
 from lora_dpo.diagnostics.measuring import score as both_logps
 from lora_dpo.errors import ConfigError, DataError
-from lora_dpo.generation import Prompt
 from lora_dpo.heads import causal_lm
 from lora_dpo.logprobs import CHUNK_TOKENS
 from lora_dpo.objectives import BoundObjective
+from lora_dpo.prompt_tokens import Prompt
 from lora_dpo.stats import PAIR_NEEDS, LabelledStats, PairStats
 
 Array = NDArray[np.float64]

@@ -22,9 +22,9 @@ from lora_dpo.comparing import compare, sample_answers
 from lora_dpo.comparing.measures import against, distinct, measure, sign_test, wilcoxon_test, wins
 from lora_dpo.comparing.together import adapters_of, load_together, names_of
 from lora_dpo.errors import ConfigError, DataError, JudgeError, LoraDpoError, ModelError
-from lora_dpo.generation import encode_prompt
 from lora_dpo.judging import open_judge
 from lora_dpo.policy import acting, load_base, policy_adapter, reference
+from lora_dpo.prompt_tokens import encode_prompt
 from lora_dpo.prompts import read_prompts
 from lora_dpo.run_folder import Run
 from lora_dpo.scoring import score_ids

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lora_dpo.data import load_preferences, tokenise
 from lora_dpo.data.encoding import CONTROL, PLAIN
 from lora_dpo.errors import ModelError
-from lora_dpo.generation import encode_prompt
+from lora_dpo.prompt_tokens import encode_prompt
 from tests.data.test_tokenise import chat, decode, reasons
 
 BUNDLED = Path(__file__).parents[2] / "lora_dpo" / "quickstart" / "model"

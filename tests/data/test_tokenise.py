@@ -10,7 +10,7 @@ import pytest
 from lora_dpo.data import Tokenised, load_preferences, tokenise
 from lora_dpo.data.vocabulary import read_vocabulary
 from lora_dpo.errors import DataError
-from lora_dpo.generation import encode_prompt
+from lora_dpo.prompt_tokens import encode_prompt
 from tests.data.helpers import ZQ, pairs
 
 SHARED = Path(__file__).parents[3] / "shared"
