@@ -178,7 +178,7 @@ def alphapo(
         stats: log-probs and lengths of a batch of pairs; no reference is read.
         beta: per unit of r, in (0, inf).
         gamma: the target margin, in [0, inf).
-        alpha: shape of the reward; 0 is ``simpo``, 0.25 in the paper, negative values are legal.
+        alpha: shape of the reward; 0 is ``simpo``, 0.25 in the paper; in (-inf, inf).
 
     Returns:
         Losses ``[batch]``, non-negative.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_dpo import objectives
+from lora_dpo.errors import ConfigError
 from lora_dpo.objectives import OBJECTIVES
 
 DEFAULTS = json.loads((Path(__file__).parent / "defaults.json").read_text())
@@ -27,6 +31,29 @@ def test_every_default_is_the_one_that_was_decided() -> None:
         for name, row in OBJECTIVES.items()
     }
     assert found == DEFAULTS
+
+
+RANGE = re.compile(r"[\[(]-?(?:[\d.]+|inf), (?:[\d.]+|inf)[\])]")
+
+
+@pytest.mark.parametrize("row", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_number_has_the_range_that_its_page_states(row: Any) -> None:
+    """What is refused is told by the signature, what is promised by the docstring."""
+    stated = inspect.getdoc(row.loss).partition("Args:")[2].partition("\n\n")[0]
+    paragraphs = re.split(r"^ {4}(\w+): ", stated, flags=re.MULTILINE)[1:]
+    texts = dict(zip(paragraphs[::2], map(" ".join, map(str.split, paragraphs[1::2])), strict=True))
+    numbers = {key: h for key, h in row.hyperparameters.items() if h.interval}
+    assert {key: RANGE.findall(texts[key]) for key in numbers} == {
+        key: [str(h.interval)] for key, h in numbers.items()
+    }
+
+
+def test_a_weight_of_the_likelihood_below_nothing_is_refused_and_nothing_is_none() -> None:
+    with pytest.raises(
+        ConfigError, match=r"nll_weight: got -0\.01; 'dpo' expects a number in \[0, inf\)"
+    ):
+        objectives.get("dpo").bind(nll_weight=-0.01)
+    assert str(objectives.get("ipo").bind(nll_weight=0, beta=0.2)) == "ipo(beta=0.2)"
 
 
 def test_a_number_is_a_float_however_it_is_given_and_a_switch_stays_one() -> None:
