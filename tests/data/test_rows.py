@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.data import DataReport, Origin, load_preferences
+from lora_dpo.data.loading import DEEPEST
+from lora_dpo.data.messages import NOT_ONE_TURN
 from lora_dpo.data.preferences import Preferences
 from lora_dpo.data.records import Pair, text_key
 from lora_dpo.data.shapes import KNOWN_COLUMNS
@@ -57,6 +59,30 @@ def test_a_bad_text_row_is_one_error_with_its_place(row: Any, message: str) -> N
 def test_a_bad_message_is_one_error_with_its_place(changes: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"<memory>:2: .*{message}"):
         load_preferences([chat(), chat(**changes)])
+
+
+@pytest.mark.parametrize(("deep", "refused"), [(DEEPEST - 1, False), (DEEPEST, True)])
+def test_tools_within_each_other_have_an_end(deep: int, refused: bool) -> None:
+    """A list of tools is one level, each list in it another."""
+    nested: Any = {}
+    for _ in range(deep):
+        nested = [nested]
+    row = chat(tools=[nested])
+    if refused:
+        with pytest.raises(DataError, match=f"tools holds lists .* more than {DEEPEST} deep"):
+            load_preferences([row])
+    else:
+        assert len(load_preferences([row]).rows) == 1
+
+
+def test_whole_conversations_that_part_at_a_users_turn_are_dropped_and_counted() -> None:
+    """What is cut out of them is no answer; a column that is one by itself would be an error."""
+    talk = [*USER, {"role": "assistant", "content": "A"}]
+    both = {"chosen": [*talk, *USER], "rejected": [*talk, {"role": "user", "content": "Oh"}]}
+    good = {"chosen": talk, "rejected": [*USER, {"role": "assistant", "content": "B"}]}
+    found = load_preferences([both, good])
+    assert len(found.rows) == 1
+    assert found.report.entries["loading", NOT_ONE_TURN].count == 1
 
 
 def test_a_label_that_is_no_truth_value_is_an_error() -> None:

@@ -180,6 +180,13 @@ def test_every_row_takes_the_completion_of_another_prompt(merging: Any) -> None:
     assert with_mismatched(data) is data
 
 
+def test_of_two_prompts_each_takes_the_completion_of_the_other(merging: Any) -> None:
+    data = with_mismatched(unpaired(merging, [("One:", " a", True), ("Two:", " b", False)]))
+    first, second = data.rows
+    assert first["mismatched_ids"] == second["completion_ids"]
+    assert second["mismatched_ids"] == first["completion_ids"]
+
+
 def test_one_prompt_alone_has_no_mismatched_completion(merging: Any) -> None:
     data = unpaired(merging, [("Same:", " a", True), ("Same:", " b", False)])
     with pytest.raises(DataError, match="all rows have one prompt"):

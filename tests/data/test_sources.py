@@ -124,6 +124,8 @@ def test_a_split_chooses_files_of_a_folder_and_parts_of_a_dataset(
         load_preferences(both)
     with pytest.raises(DataError, match="no split 'dev'"):
         load_preferences(both, split="dev")
+    with pytest.raises(DataError, match="none chosen"):
+        load_preferences(datasets.DatasetDict())
     with pytest.raises(DataError, match=r"split 'dev'.*test\.jsonl"):
         load_preferences(tmp_path / "d", split="dev")
 
@@ -206,11 +208,21 @@ def test_a_broken_file_is_one_error_that_names_it(
 
 def test_all_bad_lines_are_told_at_once_and_counted_beyond_ten(write: Write) -> None:
     with pytest.raises(DataError) as caught:
-        load_preferences(write("\n".join(["{"] * 12)))
+        load_preferences(write("\n".join(["{"] * 23)))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "12 rows cannot be used:"
+    assert lines[0] == "23 rows cannot be used:"
     assert [f"prefs.jsonl:{i}:" in lines[i] for i in range(1, 11)] == [True] * 10
-    assert lines[11] == "... and 2 more."
+    assert lines[11] == "... and 13 more."
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[]", '{"a": 1}', "[null]"])
+def test_a_text_that_reads_like_numbers_stays_a_text(write: Write, text: str) -> None:
+    """Only what is a message, or a list of such, is taken for more."""
+    row = {"prompt": "Three numbers?", "chosen": text, "rejected": "1"}
+    assert texts(write([row])) == [("Three numbers?", text, "1")]
+    quoted = text.replace('"', '""')
+    table = write(f'prompt,chosen,rejected\nThree numbers?,"{quoted}",1\n', "p.csv")
+    assert texts(table) == [("Three numbers?", text, "1")]
 
 
 def test_text_that_is_not_utf8_is_an_error_with_the_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_dpo.data import Tokenised, load_preferences, tokenise
+from lora_dpo.data import Tokenised, load_preferences, tokenise, tokenising
 from lora_dpo.data.vocabulary import read_vocabulary
 from lora_dpo.errors import DataError
 from lora_dpo.prompt_tokens import encode_prompt
@@ -324,6 +324,16 @@ def test_kept_and_dropped_add_up_and_all_kept_rows_fit(
         assert len(row["prompt_ids"]) + max(map(len, sides)) <= max_length
         assert row["prompt_ids"] and all(sides)
         assert (sides[0][-1] == eos) == (sides[1][-1] == eos)
+
+
+def test_rows_are_the_same_however_many_are_tokenised_at_a_time(
+    dummy_prefix: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokenise(pairs(PAIRS), dummy_prefix, max_length=256)
+    monkeypatch.setattr(tokenising, "CHUNK", 2)
+    found = tokenise(pairs(PAIRS), dummy_prefix, max_length=256)
+    assert len(found) == len(PAIRS) and list(found.rows) == list(expected.rows)
+    assert found.summary == expected.summary
 
 
 def test_unpaired_rows_keep_their_label_and_place(dummy_prefix: Any) -> None:
