@@ -12,6 +12,7 @@ from lora_dpo.data import DataReport, Origin, load_preferences
 from lora_dpo.data.loading import DEEPEST
 from lora_dpo.data.messages import NOT_ONE_TURN
 from lora_dpo.data.preferences import Preferences
+from lora_dpo.data.problems import MOST_NAMES, few
 from lora_dpo.data.records import Pair, text_key
 from lora_dpo.data.shapes import KNOWN_COLUMNS
 from lora_dpo.errors import DataError
@@ -59,6 +60,43 @@ def test_a_bad_text_row_is_one_error_with_its_place(row: Any, message: str) -> N
 def test_a_bad_message_is_one_error_with_its_place(changes: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"<memory>:2: .*{message}"):
         load_preferences([chat(), chat(**changes)])
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (["A"], r"<memory>:2: output is list \(\['A'\]\); expected a list \[better, worse\]"),
+        (["A", "B", "C"], r"<memory>:2: output is list .*expected a list \[better, worse\]"),
+        (None, r"<memory>:2: output is missing \(null\)"),
+    ],
+)
+def test_an_output_that_is_no_pair_of_answers_is_an_error(output: Any, message: str) -> None:
+    rows = [{"instruction": "Hi", "output": value} for value in (["A", "B"], output)]
+    with pytest.raises(DataError, match=message):
+        load_preferences(rows)
+
+
+def test_a_pair_of_transcripts_with_one_empty_side_names_that_side() -> None:
+    talk = "\n\nHuman: Hi\n\nAssistant: Yes"
+    with pytest.raises(DataError, match="<memory>:1: rejected is empty"):
+        load_preferences(
+            [{"chosen": talk, "rejected": " "}, {"chosen": talk, "rejected": talk[:-3] + "No"}]
+        )
+
+
+def test_content_in_parts_of_text_is_one_text_and_other_parts_are_refused() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    (row,) = load_preferences([chat(prompt=[{"role": "user", "content": parts}])]).rows
+    assert row.prompt == ({"role": "user", "content": "Hello"},)
+    picture = [*parts, {"type": "image_url"}]
+    with pytest.raises(DataError, match="holds a part of type 'image_url'; only text"):
+        load_preferences([chat(prompt=[{"role": "user", "content": picture}])])
+
+
+@pytest.mark.parametrize(("count", "told"), [(MOST_NAMES, ""), (MOST_NAMES + 5, " and 5 more")])
+def test_names_beyond_the_first_are_counted(count: int, told: str) -> None:
+    found = few(f"name{i}" for i in range(count))
+    assert found == ", ".join(f"name{i}" for i in range(MOST_NAMES)) + told
 
 
 @pytest.mark.parametrize(("deep", "refused"), [(DEEPEST - 1, False), (DEEPEST, True)])

@@ -124,10 +124,18 @@ def test_a_split_chooses_files_of_a_folder_and_parts_of_a_dataset(
         load_preferences(both)
     with pytest.raises(DataError, match="no split 'dev'"):
         load_preferences(both, split="dev")
-    with pytest.raises(DataError, match="none chosen"):
-        load_preferences(datasets.DatasetDict())
     with pytest.raises(DataError, match=r"split 'dev'.*test\.jsonl"):
         load_preferences(tmp_path / "d", split="dev")
+    with pytest.raises(DataError, match="none chosen"):
+        load_preferences(datasets.DatasetDict())
+    assert texts(datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))) == EXPECTED
+
+
+def test_a_name_that_no_file_can_have_is_one_error() -> None:
+    with pytest.raises(
+        DataError, match=r"is no path \(.*too long.*expected a file, a folder or a hub"
+    ):
+        load_preferences("x" * 5000)
 
 
 def test_a_split_of_a_single_file_is_refused_and_not_ignored(write: Write) -> None:

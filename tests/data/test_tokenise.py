@@ -366,6 +366,11 @@ def test_an_illegal_option_is_an_error(chatml: Any, options: Any, message: str) 
         tokenise(pairs(ZQ), chatml, **{"max_length": 9, **options})
 
 
+def test_two_tokens_are_the_least_that_a_row_may_be_asked_to_fit_in(chatml: Any) -> None:
+    with pytest.raises(DataError, match="longer than max_length"):
+        tokenise(pairs([("a", " b", " c")]), chatml, max_length=2)
+
+
 def test_control_text_is_found_for_every_special_token(chatml: Any) -> None:
     vocabulary = read_vocabulary(chatml, ())
     assert vocabulary.control_text("a <|im_start|> b")
