@@ -61,8 +61,8 @@ def check_head(model: nn.Module) -> None:
     """Prove on eight tokens that the swapped head is the model's own, and that no token looks ahead.
 
     Raises:
-        ModelError: the model does something to its logits that we do not know, or is not causal, so
-            that every log-prob would be wrong.
+        ModelError: the model does something to its logits that we do not know, is not causal, or gives
+            no numbers, so that every log-prob would be wrong.
     """
     causal = causal_lm(model)
     embeddings = causal.get_input_embeddings()
@@ -75,7 +75,12 @@ def check_head(model: nn.Module) -> None:
         ids[0, -1] += 1
         ahead = _dense_logits(model, ids)
     model.train(was_training)
-    scale = float(dense[dense.isfinite()].abs().max()) + 1e-6  # a head may mask tokens
+    if bool(dense.isnan().any()):
+        raise ModelError(
+            f"{type(causal).__name__}: its logits are no numbers on eight tokens, so its weights are damaged, or "
+            f"overflow in {base_dtype(model)}. Look at its files, or set model.compute_dtype: float32."
+        )
+    scale = float(dense.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) + 1e-6  # masked tokens
     if not torch.allclose(ours, dense, rtol=1e-2, atol=1e-3 * scale):
         raise ModelError(
             f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_dpo.errors import ModelError
@@ -153,8 +153,18 @@ def test_heads_that_scale_cap_or_shift_their_logits_are_handled(family: str) -> 
     torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_that_does_something_unknown_is_refused(tiny_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_head_that_does_something_unknown_is_refused(masks: bool) -> None:
+    """One that masks a token, whose logit is -inf, is held by its other tokens."""
+    config = PhiConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = PhiForCausalLM(config)
+    if masks:
+        model.lm_head.bias.data[5] = -torch.inf
+    check_head(model)
     original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -164,6 +174,13 @@ def test_a_head_that_does_something_unknown_is_refused(tiny_model: Path) -> None
 
     model.forward = forward
     with pytest.raises(ModelError, match="not supported"):
+        check_head(model)
+
+
+def test_a_base_whose_logits_are_no_numbers_is_refused(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ModelError, match="logits are no numbers on eight tokens"):
         check_head(model)
 
 
