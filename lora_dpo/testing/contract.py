@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,21 +110,34 @@ def lengths_are_read_if_declared(row: Objective) -> None:
     assert same is not row.reads_lengths, f"reads_lengths is {row.reads_lengths}"
 
 
-def monotone_if_declared(row: Objective) -> None:
-    """No loss rises with the log-prob of a chosen (wanted) answer, if ``monotone``."""
-    if not row.monotone:
-        return
-    for seed in range(3):
-        stats = _with_leaves(random_stats(row, seed=seed))
-        _losses(_own(row), stats).sum().backward()
-        for name, leaf in _leaves(stats).items():
-            if leaf.grad is None or not name.endswith("logps"):
-                continue
-            if isinstance(stats, LabelledStats):
-                signs = torch.where(stats.labels, leaf.grad, -leaf.grad)
-                assert bool((signs <= 0).all()), f"gradient of {name} {leaf.grad.tolist()}"
-            elif "chosen" in name:
-                assert bool((leaf.grad <= 0).all()), f"gradient of {name} {leaf.grad.tolist()}"
+def monotone_exactly_if_declared(row: Objective) -> None:
+    """No loss rises with the log-prob of a chosen (wanted) answer, exactly if ``monotone``."""
+    every = list(itertools.product((-1.0, -30.0, -2000.0), repeat=4))  # near, far, and beyond
+    chosen, rejected, fixed_chosen, fixed_rejected = map(list, zip(*every, strict=True))
+    records = [make_stats(row, (chosen, rejected), (fixed_chosen, fixed_rejected))]
+    records += [random_stats(row, seed=seed) for seed in range(3)]
+    rising = set().union(*(_rising(_own(row), stats) for stats in records))
+    told = f"a loss rises with {', '.join(sorted(rising))}" if rising else "no loss rises"
+    assert bool(rising) is not row.monotone, f"monotone is {row.monotone}, and {told}"
+
+
+def _rising(bound: BoundObjective, stats: AnyStats) -> set[str]:
+    """Return the log-probs of chosen (wanted) answers, or of what is not, that pull the wrong way."""
+    leaves = _with_leaves(stats)
+    _losses(bound, leaves).sum().backward()
+    found = set()
+    for name, leaf in _leaves(leaves).items():
+        if leaf.grad is None or not name.endswith("logps"):
+            continue
+        if isinstance(leaves, LabelledStats):
+            signs = torch.where(leaves.labels, leaf.grad, -leaf.grad)
+        elif "chosen" in name:
+            signs = leaf.grad
+        else:
+            continue
+        if bool((signs > 0).any()):
+            found.add(name)
+    return found
 
 
 def fits_where_policy_equals_reference(row: Objective) -> None:
@@ -244,7 +258,7 @@ CONTRACT: Mapping[str, Callable[[Objective], None]] = {
         reference_is_read_if_declared,
         needs_are_the_real_ones,
         lengths_are_read_if_declared,
-        monotone_if_declared,
+        monotone_exactly_if_declared,
         fits_where_policy_equals_reference,
         grows_as_declared,
         float32_agrees_with_float64,
