@@ -123,6 +123,14 @@ def test_whole_conversations_that_part_at_a_users_turn_are_dropped_and_counted()
     assert found.report.entries["loading", NOT_ONE_TURN].count == 1
 
 
+def test_an_answer_behind_another_prompt_than_its_own_is_dropped_and_counted() -> None:
+    """Cut off like a repeated prompt, it would be trained on as an answer to what nobody asked."""
+    other = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "C"}]
+    found = load_preferences([chat(), chat(chosen=other)])
+    assert len(found.rows) == 1
+    assert found.report.entries["loading", NOT_ONE_TURN].count == 1
+
+
 def test_a_label_that_is_no_truth_value_is_an_error() -> None:
     with pytest.raises(DataError, match="<memory>:1: label is int"):
         load_preferences([{"prompt": "a", "completion": "b", "label": 3}])

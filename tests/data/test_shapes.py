@@ -314,3 +314,22 @@ def test_a_column_that_is_missing_is_looked_for_among_those_that_have_no_part() 
         load_preferences([{"prompt": "p", "chosen": "a", "worse": "b"}])
     with pytest.raises(DataError, match=r"'rejected' missing.* No column is left"):
         load_preferences([{"prompt": "p", "chosen": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("row", "shape"),
+    [
+        ({"prompt": "Hi", **ANSWERS}, "prompt / chosen / rejected, text"),
+        (
+            {"prompt": [user("Hi")], "chosen": bot("A"), "rejected": bot("B")},
+            "prompt / chosen / rejected, messages",
+        ),
+        ({"chosen": "Hi A", "rejected": "Hi B"}, "chosen / rejected, whole texts"),
+        (
+            {"chosen": [user("Hi"), bot("A")], "rejected": [user("Hi"), bot("B")]},
+            "chosen / rejected, whole conversations",
+        ),
+    ],
+)
+def test_the_shape_is_told_by_its_columns_and_what_they_hold(row: Any, shape: str) -> None:
+    assert load_preferences([row]).shape == shape
