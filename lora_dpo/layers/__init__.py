@@ -17,6 +17,7 @@ from torch import nn
 from lora_dpo.layers.attention import NAME, SEGMENTS
 from lora_dpo.layers.linear import obstacle, take_linear
 from lora_dpo.layers.mlp import is_gated, take_mlp
+from lora_dpo.layers.norm import is_frozen_norm, take_norm
 from lora_dpo.layers.recompute import decoder_layers, take_layer
 from lora_dpo.layers.work import Work
 
@@ -31,6 +32,7 @@ class Taken:
 
     linears: int
     mlps: int
+    norms: int
     layers: int
     obstacles: tuple[str, ...]
     fused: bool
@@ -41,6 +43,7 @@ class Taken:
     def __str__(self) -> str:
         found = [f"{self.linears} LoRA layers"] if self.linears else []
         found += [f"{self.mlps} MLPs"] if self.mlps else []
+        found += [f"{self.norms} norms"] if self.norms else []
         found += ["policy and reference in one pass"] if self.fused else []
         found = found or ["recomputation alone"]
         left = f" (not {', '.join(self.obstacles)})" if self.obstacles else ""
@@ -71,7 +74,7 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
             if layers
             else "decoder layers of its own kind"
         )
-        return Taken(0, 0, 0, (why,), False)
+        return Taken(0, 0, 0, 0, (why,), False)
     inside = {module for layer in layers for module in layer.modules()}
     loras: list[Any] = [module for module in causal.modules() if isinstance(module, LoraLayer)]
     reasons = {module: obstacle(module) for module in loras}
@@ -79,6 +82,9 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
     head = causal.get_output_embeddings()  # it is run again by itself where it is trained
     reasons |= {module: "the head" for module in loras if module is head}
     fast = [module for module in loras if not reasons[module]]
+    norms = [module for module in causal.modules() if is_frozen_norm(module)]
+    for module in norms:
+        take_norm(module, work)
     for module in gated:
         take_mlp(module, work)
     for module in fast:
@@ -86,7 +92,7 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
     for number, layer in enumerate(layers):
         take_layer(layer, work, (number, number + 1 == len(layers)))
     work.layers = layers
-    work.taken = [*gated, *fast, *layers]
+    work.taken = [*norms, *gated, *fast, *layers]
     saved = any(isinstance(module, AuxiliaryTrainingWrapper) for module in causal.modules())
     work.fusable = len(fast) == len(loras) and inside >= set(loras) and not saved
     work.recomputed, work.skips_last = min(recomputed, len(layers)), skips_last
@@ -95,7 +101,7 @@ def take(policy: PeftModel, *, recomputed: int = 0, skips_last: bool = True) -> 
     )
     vars(causal)[_WORK] = work
     found = dict.fromkeys(reason for reason in reasons.values() if reason)
-    return Taken(len(fast), len(gated), len(layers), tuple(found), work.fusable)
+    return Taken(len(fast), len(gated), len(norms), len(layers), tuple(found), work.fusable)
 
 
 def release(causal: nn.Module) -> None:
