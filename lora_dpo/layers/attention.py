@@ -6,7 +6,8 @@ library's own scaled dot-product attention, so generation and padded batches run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,29 +52,48 @@ def flat_attention(
     if dropout or any(further.get(name) is not None for name in _UNKNOWN):
         raise NotImplementedError("attention with a soft cap, sinks or dropout")
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if not _takes_groups(query, key, value):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    attention = partial(
+        scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
     parts: list[Tensor] = []
     start = 0
     for shared, branches in segments:
         end = start + shared + branches[0]
         here = slice(start, end)
         parts.append(
-            scaled_dot_product_attention(
-                query[:, :, here], key[:, :, here], value[:, :, here], is_causal=True, scale=scaling
-            )
+            attention(query[:, :, here], key[:, :, here], value[:, :, here], is_causal=True)
         )
         trunk = slice(start, start + shared)
         for length in branches[1:]:
             own = slice(end, end + length)
             if length:
-                parts.append(_branch(query, key, value, trunk, own, scaling))
+                parts.append(_branch(attention, query, key, value, trunk, own))
             end += length
         start = end
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _takes_groups(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether several heads of the query can share one of the keys without a copy of it for each.
+
+    On a card only the flash kernel can; torch would fall back to one that makes all scores.
+    """
+    if query.shape[1] == key.shape[1] or not query.is_cuda:
+        return True
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, True))
 
 
 def _branch(
-    query: Tensor, key: Tensor, value: Tensor, trunk: slice, own: slice, scaling: float | None
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    trunk: slice,
+    own: slice,
 ) -> Tensor:
     keys = torch.cat([key[:, :, trunk], key[:, :, own]], dim=2)
     values = torch.cat([value[:, :, trunk], value[:, :, own]], dim=2)
@@ -84,9 +104,7 @@ def _branch(
         mask: Any = causal_lower_right(length, whole)  # dispatched to the flash kernel, no tensor
     else:
         mask = torch.ones(length, whole, dtype=torch.bool, device=query.device).tril(whole - length)
-    return scaled_dot_product_attention(
-        query[:, :, own], keys, values, attn_mask=mask, scale=scaling
-    )
+    return attention(query[:, :, own], keys, values, attn_mask=mask)
 
 
 AttentionInterface.register(NAME, flat_attention)

@@ -132,6 +132,7 @@ def question_of(
         beside=_BESIDE.get(config.train.reference_update, float(adapter is not None)),
         shards=cards if config.train.shard_base else 1,
     )
+    setting = replace(setting, grouped=_has_flash(card, setting.dtype))
     _refuse_what_depth_changes(lora)
     budget = config.train.memory_budget_gib
     room, words = (card.room, card.name) if card else (None, "")
@@ -245,7 +246,13 @@ def setting_of(policy: nn.Module, *, args: Any, chunk: int, with_reference: bool
         embeddings_on_cpu=place.type != device.type,
         beside=getattr(model.peft_config.get(REFERENCE), "r", 0) / lora.r,
         shards=processes() if is_sharded(policy) else 1,
+        grouped=_has_flash(this_card(device), base_dtype(policy)),
     )
+
+
+def _has_flash(card: Card | None, dtype: torch.dtype) -> bool:
+    """Whether attention of these numbers runs in a flash kernel; all of them do on the CPU."""
+    return card is None or (card.bfloat16 and dtype != torch.float32)
 
 
 def optimiser_bytes(args: Any) -> float:

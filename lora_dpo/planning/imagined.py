@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, masking_utils
 
-from lora_dpo.layers import Work
+from lora_dpo.layers import Work, attention
 
 
 class Linear4bit(nn.Linear):
@@ -175,6 +175,18 @@ def masks_as_of(*, no_padding: bool) -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, original)
+
+
+@contextmanager
+def keys_as_of(*, grouped: bool) -> Iterator[None]:
+    """Let attention copy keys for each head, as it does on a card without a flash kernel for it."""
+    original = attention._takes_groups
+    if not grouped:
+        attention._takes_groups = lambda *_: False
+    try:
+        yield
+    finally:
+        attention._takes_groups = original
 
 
 def use_stand_ins(work: Work | None) -> None:

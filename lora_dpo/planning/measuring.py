@@ -26,6 +26,7 @@ from lora_dpo.planning.imagined import (
     Linear4bit,
     imagined_policy,
     imagining,
+    keys_as_of,
     masks_as_of,
     use_stand_ins,
 )
@@ -57,6 +58,8 @@ class Setting:
         beside: frozen adapters that are the reference, in sizes of the trained one: 1 where training
             starts from one or the reference moves, 2 where it moves softly.
         shards: processes among which the quantised weights are dealt out.
+        grouped: whether heads of attention share one of the keys without a copy of it for each, as
+            all but cards without a flash kernel for these numbers do.
     """
 
     architecture: Any
@@ -74,6 +77,7 @@ class Setting:
     embeddings_on_cpu: bool = False
     beside: float = 0.0
     shards: int = 1
+    grouped: bool = True
 
     @property
     def layers(self) -> int:
@@ -284,7 +288,8 @@ def run(setting: Setting, rows: Sequence[Row], depth: int, *, recomputes: bool) 
     """Run one forward and backward pass on an imagined model of so many layers."""
     batch: Any = lay_out(rows, flat=setting.flat)
     no_padding = not setting.flat and bool(batch.attention_mask.all())
-    with imagining(), masks_as_of(no_padding=no_padding):
+    as_it_runs = (masks_as_of(no_padding=no_padding), keys_as_of(grouped=setting.grouped))
+    with imagining(), as_it_runs[0], as_it_runs[1]:
         policy = imagined_policy(
             of_depth(setting.architecture, depth),
             setting.lora,
