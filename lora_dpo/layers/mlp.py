@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,50 +14,129 @@ from lora_dpo.layers.linear import Part, obstacle, part_of
 from lora_dpo.layers.work import Work
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
+_ROWS = 2048  # tokens of a tile: enough for matrix products at their full rate
+_FEW = 512  # tokens whose activation is differentiated at one time
+
+Activation = Callable[[Tensor], Tensor]
+Parts = tuple[Part, Part, Part]  # gate, up, down
 
 
 class _GatedMlp(torch.autograd.Function):
+    """Runs in tiles of tokens, so that what is as wide as the MLP is not as long as the batch.
+
+    Where the last projection is left out of a recomputation, nothing is computed before backward: gate
+    and up are made there, tile by tile.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        parts: tuple[Part, Part, Part],
+        activation: Activation,
+        parts: Parts,
+        keeps: bool,
         *factors: Tensor | None,
     ) -> Tensor:
-        gating, raising, last = parts
+        gating, _, last = parts
+        ctx.parts, ctx.activation, ctx.shape, ctx.of = parts, activation, x.shape, x.dtype
         ctx.dtype = gating.dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        gate, up = gating.forward(flat), raising.forward(flat)
+        kept: list[Tensor] = []
         if last.work.recomputing and last.work.skips_last:
             # Nothing in the layer's backward reads this value. Should a model do so all the same,
             # it reads no numbers, and the proof before training sees that.
             y = flat.new_full((len(flat), last.base.out_features), torch.nan)
         else:
-            active = activation(gate)
-            y = last.forward(active * up if active is gate else active.mul_(up))
-        ctx.parts, ctx.activation, ctx.shape, ctx.of = parts, activation, x.shape, x.dtype
-        ctx.save_for_backward(flat, gate, up)
+            y, kept = _forward(parts, activation, flat, keeps=keeps)
+        ctx.save_for_backward(flat, *kept)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        flat, gate, up = ctx.saved_tensors
-        gating, raising, last = ctx.parts
+        flat, *kept = ctx.saved_tensors
         g = upstream.reshape(-1, upstream.shape[-1]).to(ctx.dtype)
+        of_x: list[Tensor] = []
+        factors: list[Tensor | None] = []
+        with _tiles(flat, ctx.parts) as tiles:
+            for rows in tiles:
+                here = [value[rows] for value in kept]
+                found, of_rows = _backward(ctx, flat[rows], here, g[rows])
+                factors = _added(factors, found)
+                of_x += of_rows
+        whole = torch.cat(of_x) if len(of_x) > 1 else of_x[0] if of_x else None
+        return (
+            None if whole is None else whole.view(ctx.shape).to(ctx.of),
+            None,
+            None,
+            None,
+            *factors,
+        )
+
+
+def _backward(
+    ctx: Any, x: Tensor, kept: list[Tensor], g: Tensor
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Return the gradients of all factors, and that of the input where it is wanted, of one tile."""
+    gating, raising, last = ctx.parts
+    gate, up = kept or (gating.forward(x), raising.forward(x))
+    kept.clear()
+    active = ctx.activation(gate)
+    of_last = last.gradients(active * up, g)
+    of_hidden = last.backward(g)
+    of_up = active * of_hidden if active is gate else active.mul_(of_hidden)
+    of_gate = of_hidden.mul_(up)
+    del active, up
+    of_gate = _through(ctx.activation, gate, of_gate)
+    found = [*gating.gradients(x, of_gate), *raising.gradients(x, of_up), *of_last]
+    if not ctx.needs_input_grad[0]:
+        return found, []
+    return found, [raising.backward(of_up, into=gating.backward(of_gate))]
+
+
+@contextmanager
+def _tiles(flat: Tensor, parts: Parts) -> Iterator[list[slice]]:
+    """Cut tokens into tiles; where there are several, plain weights wait for the next one."""
+    tiles = [slice(start, start + _ROWS) for start in range(0, max(len(flat), 1), _ROWS)]
+    with parts[0].work.keeping_weights() if len(tiles) > 1 else nullcontext():
+        yield tiles
+
+
+def _forward(
+    parts: Parts, activation: Activation, flat: Tensor, *, keeps: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the MLP's output, ``[tokens, outputs]``, and gate and up where they are kept."""
+    gating, raising, last = parts
+    kept = [gating.forward(flat), raising.forward(flat)] if keeps else []
+    found = []
+    with _tiles(flat, parts) as tiles:
+        for rows in tiles:
+            gate = kept[0][rows] if keeps else gating.forward(flat[rows])
+            active = activation(gate)
+            owned = active is not gate
+            del gate
+            up = kept[1][rows] if keeps else raising.forward(flat[rows])
+            active = active.mul_(up) if owned else active * up
+            del up
+            found.append(last.forward(active))
+            del active
+    return torch.cat(found) if len(found) > 1 else found[0], kept
+
+
+def _added(ours: list[Tensor | None], further: list[Tensor | None]) -> list[Tensor | None]:
+    """Add what another tile found to what those before it did, in place."""
+    if not ours:
+        return further
+    return [a if a is None or b is None else a.add_(b) for a, b in zip(ours, further, strict=True)]
+
+
+def _through(activation: Activation, x: Tensor, g: Tensor) -> Tensor:
+    """Turn the gradient of an activation's output, in its place, into that of its input."""
+    for rows, of_rows in zip(x.split(_FEW), g.split(_FEW), strict=True):
+        leaf = rows.detach().requires_grad_()
         with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            active = ctx.activation(leaf)
-        of_last = last.gradients(active.detach() * up, g)
-        of_hidden = last.backward(g)
-        of_up = of_hidden * active.detach()
-        (of_gate,) = torch.autograd.grad(active, leaf, of_hidden.mul_(up))
-        factors = [*gating.gradients(flat, of_gate), *raising.gradients(flat, of_up), *of_last]
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = raising.backward(of_up, into=gating.backward(of_gate))
-            of_x = of_x.view(ctx.shape).to(ctx.of)
-        return of_x, None, None, *factors
+            active = activation(leaf)
+        of_rows.copy_(torch.autograd.grad(active, leaf, of_rows)[0])
+    return g
 
 
 def gated_mlp(module: Any, work: Work, original: Any, x: Tensor) -> Tensor:
@@ -66,7 +146,8 @@ def gated_mlp(module: Any, work: Work, original: Any, x: Tensor) -> Tensor:
         return out
     gating, raising, last = (part_of(getattr(module, name), work) for name in NAMES)
     factors = (gating.down, gating.up, raising.down, raising.up, last.down, last.up)
-    y: Tensor = _GatedMlp.apply(x, module.act_fn, (gating, raising, last), *factors)  # type: ignore[no-untyped-call]
+    keeps = torch.is_grad_enabled()  # inside of a function it never is
+    y: Tensor = _GatedMlp.apply(x, module.act_fn, (gating, raising, last), keeps, *factors)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -78,8 +78,11 @@ class Work:
 
     @contextmanager
     def keeping_weights(self) -> Iterator[None]:
-        """Within one layer: weights that are made plain stay so until the end of the block."""
-        self._weights = {} if self.keeps_weights else None
+        """Within one layer: weights that are made plain stay so until the end of the outermost block."""
+        if self._weights is not None or not self.keeps_weights:
+            yield
+            return
+        self._weights = {}
         try:
             yield
         finally:
