@@ -269,13 +269,19 @@ def _disks(folder: Path) -> Iterator[Check]:
             yield Check("free disk", "blocks", f"{there} may not be written to", "choose another")
 
 
-def _memory() -> Iterator[Check]:
+def free_memory() -> int:
+    """Return the bytes of memory that this machine or container has left."""
     psutil: Any = importlib.import_module("psutil")
-    free = float(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, int(text) - used)
+    return free
+
+
+def _memory() -> Iterator[Check]:
+    free = free_memory()
     fix = "end other programs; loading a base takes some 6 GiB for 7 billion parameters in shards"
     yield _amount("free memory", free / GIB, MEMORY_GIB, "of this machine or container", fix)
 

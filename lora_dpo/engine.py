@@ -187,12 +187,18 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
 
 
 def recompute_layers(
-    model: nn.Module, count: int, *, keeps_weights: bool = True, offloaded: bool = False
+    model: nn.Module,
+    count: int,
+    *,
+    keeps_weights: bool = True,
+    offloaded: bool = False,
+    moved: int = 0,
 ) -> None:
     """Let so many layers, the first ones, keep their input alone until backward; see ``Work``."""
     work = work_of(causal_lm(model))
     if work is not None:
         work.recomputed, work.keeps_weights, work.offloaded = count, keeps_weights, offloaded
+        work.moved = moved
 
 
 def obstacle(model: nn.Module, longest: int) -> str:
@@ -256,7 +262,7 @@ class _Proof:
                 for ours, theirs, bound in zip(
                     found, expected, (bounds.logps, bounds.gradients), strict=True
                 ):
-                    away = _away(ours, theirs, bounds.least)
+                    away = largest_difference(ours, theirs, bounds.least)
                     if not away <= bound:  # nor is NaN
                         return _Difference(f"it differs by {away:.2g} there")
         except torch.OutOfMemoryError:
@@ -319,7 +325,9 @@ class _Proof:
                 self.model.train(was_training)
 
 
-def _away(found: Sequence[Tensor], expected: Sequence[Tensor], least: float) -> float:
+def largest_difference(
+    found: Sequence[Tensor], expected: Sequence[Tensor], least: float = 0.1
+) -> float:
     """Return the largest difference of a tensor relative to its norm, or to ``least`` of the largest."""
     norms = torch.stack([value.float().norm() for value in expected])
     away = [(ours - theirs).float().norm() for ours, theirs in zip(found, expected, strict=True)]

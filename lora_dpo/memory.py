@@ -6,14 +6,16 @@ What is changed then is exact: more is recomputed, or a step is split further. N
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_dpo.engine import is_flat, recompute_layers
+from lora_dpo.checkup import free_memory
+from lora_dpo.engine import is_flat, largest_difference, recompute_layers
 from lora_dpo.errors import TrainingError
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers, work_of
@@ -25,6 +27,7 @@ from lora_dpo.planning import (
     has_several,
     largest_places,
     make_plan,
+    moved_instead,
     optimiser_bytes,
     plan_policy,
     setting_of,
@@ -37,11 +40,27 @@ from lora_dpo.stepping import batch_tokens
 
 logger = logging.getLogger("lora_dpo")
 
+
+def has_link(device: torch.device) -> bool:
+    """Whether the memory of the CPU is another one than the device's."""
+    return device.type == "cuda"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 Row = Mapping[str, Any]
 Result = TypeVar("Result")
 _NO_LIMIT = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
 _SMALL = 20_000_000  # weights
 _FOUND = "what could be had when memory ran out"
+_SHARE = (
+    3  # of free memory: pinned memory is given out in powers of two, up to twice what was asked
+)
+_AGREE = 0.05  # of two ways through the same kernels, some of which add up in no fixed order
 
 
 class Memory:
@@ -72,14 +91,12 @@ class Memory:
         self._optimiser = int(optimiser_bytes(settings["args"]) * trained)
         self._no_plan = _NO_LIMIT
         self.changes: list[str] = []  # after memory ran out, in words
+        self.tried = ""  # which of two ways was faster, in words
+        self._recomputed = 0  # layers that are where none waits in the memory of the CPU
         self.tell: Callable[[], None] | None = None  # when the plan has changed
         self.plan = self._planned()
         if self.plan is not None:
-            how = {
-                "keeps_weights": self.plan.setting.keeps_weights,
-                "offloaded": self.plan.offloaded,
-            }
-            recompute_layers(model, self.plan.recomputed, **how)
+            self._take(self.plan)
 
     def foresee(self) -> None:
         """Plan as well where nothing limits the memory, for the reader of a run.
@@ -90,6 +107,11 @@ class Memory:
         if self.plan is None and self._no_plan == _NO_LIMIT and weights > _SMALL:
             self.plan = self._planned(brief=True)
 
+    def _take(self, plan: Plan) -> None:
+        how: dict[str, Any] = {"offloaded": plan.offloaded, "moved": plan.moved}
+        how["keeps_weights"] = plan.setting.keeps_weights
+        recompute_layers(self.model, plan.recomputed, **how)
+
     def lines(self) -> list[str]:
         """Return the plan in sentences; what the rows' lengths mean, where there is none."""
         if self.plan is not None:
@@ -99,9 +121,11 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for JSON, as it holds now.
 
-        ``not_planned`` says why there is none, ``changes`` what running out of memory has changed.
+        ``not_planned`` says why there is none, ``tried`` which of two ways was faster, ``changes`` what
+        running out of memory has changed.
         """
         found = {"not_planned": self._no_plan} if self.plan is None else self.plan.to_dict()
+        found |= {"tried": self.tried} if self.tried else {}
         return {**found, "changes": list(self.changes)} if self.changes else found
 
     def _planned(self, *, brief: bool = False) -> Plan | None:
@@ -116,6 +140,8 @@ class Memory:
 
     def probe(self, collect: Callable[[nn.Module, Sequence[Row]], AnyStats]) -> None:
         """Run the micro-batch that takes most, forward and backward, without an update.
+
+        Where layers are recomputed that could wait in the memory of the CPU, both are timed.
 
         Raises:
             TrainingError: it does not fit, however it is split.
@@ -141,9 +167,54 @@ class Memory:
         self.model.train()
         before = random_state()
         self.fitted(attempt, "the longest micro-batch, tried before step 1")
+        if self.alone and has_link(self.device) and self.plan is not None and not self.changes:
+            self._take_the_faster(attempt, self.plan)
         restore_random(before)
         self.model.zero_grad(set_to_none=True)
         self.model.train(was_training)
+
+    def _take_the_faster(self, attempt: Callable[[], None], plan: Plan) -> None:
+        """Let layers wait in the memory of the CPU if that is faster than the plan, and as right."""
+        other = moved_instead(plan, free_memory() // _SHARE)
+        if other is None:
+            return
+        before, problem = 0.0, ""
+        try:
+            before, expected = self._timed(attempt)
+            self._take(other)
+            now, found = self._timed(attempt)
+            away = largest_difference(found, expected)
+            what = f"{now:.3f} s with {other.moved} layers in the memory of the CPU"
+            if not away < _AGREE:
+                problem = f", but its gradients differ by {away:.2g}"
+        except RuntimeError as error:  # memory of either side
+            now, what = float("inf"), f"not with {other.moved} layers in the memory of the CPU"
+            problem = f" ({' '.join(str(error).split())[:160]})"
+        takes = now < before and not problem
+        if takes:
+            self.plan, self._recomputed = other, plan.recomputed
+        else:  # outside of the handler: its traceback keeps tensors alive
+            self._take(plan)
+            self.model.zero_grad(set_to_none=True)
+            forget(self.device)
+        self.tried = f"the longest micro-batch takes {before:.3f} s by the plan, {what}{problem}"
+        logger.info("%s: the %s is taken", self.tried, "latter" if takes else "former")
+        if self.tell is not None:
+            self.tell()
+
+    def _timed(self, attempt: Callable[[], None]) -> tuple[float, list[Tensor]]:
+        """Return the seconds of the faster of two times, behind a first one, and the gradients."""
+        found, random = [], random_state()
+        for _ in range(3):
+            self.model.zero_grad(set_to_none=True)
+            restore_random(random)
+            synchronise(self.device)
+            start = time.perf_counter()
+            attempt()
+            synchronise(self.device)
+            found.append(time.perf_counter() - start)
+        gradients = [p.grad.cpu() for p in self.model.parameters() if p.grad is not None]
+        return min(found[1:]), gradients
 
     def fitted(self, attempt: Callable[[], Result], what: str) -> Result:
         """Return what an attempt returns; when memory runs out, try again in less of it.
@@ -190,6 +261,9 @@ class Memory:
         """
         causal = causal_lm(self.model)
         work, layers = work_of(causal), len(decoder_layers(causal))
+        if work is not None and work.moved:
+            work.recomputed, work.moved = self._recomputed, 0
+            return f"{work.recomputed} of {layers} layers are recomputed, and none waits elsewhere"
         if work is not None and work.recomputed < layers:
             count = None
             if self.plan is not None and room is not None and tries == 0:
@@ -199,7 +273,8 @@ class Memory:
         if work is not None and work.keeps_weights:
             work.keeps_weights = False
             return "no plain weight waits for its second use"
-        if work is not None and layers and not work.offloaded and self.device.type == "cuda":
+        offloads = has_link(self.device) and self.settings["offloads"]
+        if work is not None and layers and not work.offloaded and offloads:
             work.offloaded = True
             return "inputs of layers wait in the memory of the CPU"
         now = self.batches
@@ -223,6 +298,7 @@ class Memory:
         how: dict[str, Any] = {"recompute": self.settings["recompute"], "room_is": _FOUND}
         if work is not None:  # nothing is left to choose
             how |= {"recompute": False, "least": work.recomputed, "offloaded": work.offloaded}
+        how["offloads"] = self.settings["offloads"]
         how |= {"card": this_card(self.device), "remedies": remedies, "room": room}
         try:
             return make_plan(

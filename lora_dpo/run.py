@@ -195,6 +195,7 @@ def _build_trainer(
         engine=config.train.engine,
         max_tokens_per_batch=config.train.max_tokens_per_batch,
         memory_budget_gib=config.train.memory_budget_gib,
+        activation_offloading=config.train.activation_offloading,
         reference_moves=reference_moves(config),
         reference_cache=reference_cache(config),
         on_nonfinite=config.train.on_nonfinite,

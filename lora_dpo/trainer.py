@@ -98,6 +98,9 @@ class PreferenceTrainer(ResumableTrainer):
             no micro-batch has more (a longer row has one to itself). No number depends on it.
         memory_budget_gib: memory that training may take; as few layers are recomputed as fit. That of
             the card if left out; on a CPU then all that ``args`` asks for.
+        activation_offloading: whether layers may wait in the memory of the CPU in place of being
+            recomputed, where that is timed to be faster; and the inputs of recomputed ones, where
+            nothing else makes a step fit.
         reference_is: ``auto``, ``base`` or ``start``, as in ``prepare_policy``: what the reference of
             an adapter is that was trained before.
         reference_moves: when the reference follows the policy, and how (TR-DPO); never by default.
@@ -132,6 +135,7 @@ class PreferenceTrainer(ResumableTrainer):
         engine: Engine = "auto",
         max_tokens_per_batch: int | None = None,
         memory_budget_gib: float | None = None,
+        activation_offloading: bool = True,
         callbacks: Sequence[TrainerCallback] = (),
         reference_is: Literal["auto", "base", "start"] = "auto",
         reference_moves: ReferenceMoves = NEVER,
@@ -140,9 +144,8 @@ class PreferenceTrainer(ResumableTrainer):
         facts: dict[str, Any] | None = None,
     ) -> None:
         bound = objectives.get(objective).bind() if isinstance(objective, str) else objective
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.moves = chunk_tokens, reference_moves
         show_log_lines()
-        self.moves = reference_moves
         self._batches = batches_of(args, max_tokens_per_batch)
         self.keep_checkpoints = args.save_total_limit
         self.window, self.pace, self.evaluated_at = Window(), Pace(), -1
@@ -185,7 +188,7 @@ class PreferenceTrainer(ResumableTrainer):
             kept = stored_rows(policy, bound, sets, reference_cache, **forward)
             self.train_dataset, self.eval_dataset = (data and data.rows for data in kept)
             how["with_reference"] = False
-        how |= {"args": args, "budget_gib": memory_budget_gib}
+        how |= {"args": args, "budget_gib": memory_budget_gib, "offloads": activation_offloading}
         options: Any = {"device": self.args.device, "alone": processes() == 1, "settings": how}
         self.memory = Memory(self.model, self.train_dataset, self._batches, **options)
 

@@ -19,6 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+WIDE = {
+    "vocab_size": 4000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +83,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model whose activations are more than its weights."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**WIDE)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -37,13 +37,8 @@ from lora_dpo.planning.remedies import _Asked, _shorter_rows
 from lora_dpo.policy import load_policy, peft_config
 from lora_dpo.trainer import PreferenceTrainer
 from tests.allocating import peak_allocated
-from tests.conftest import byte_tokenizer
+from tests.conftest import WIDE
 
-WIDE = {
-    "vocab_size": 4000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 LORA = LoraConfig(rank=8)
 
 
@@ -56,15 +51,6 @@ def _row(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
 
 
 ROWS = [_row(150, 90, 120), _row(60, 130, 70), _row(40, 30, 20)]
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**WIDE)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +282,7 @@ def test_rows_beyond_a_limit_are_those_that_are_counted_as_dropped() -> None:
     ]  # 290, 230, 50; laid 293, 417, 58
     found = dict(_of_length(rows))
     assert found == {"data.max_length: 230": 1}
-    asked = _Asked(setting, rows, Batches(1), True)
+    asked = _Asked(setting, rows, Batches(1), True, True)
     (change,) = _shorter_rows(rows)
     assert change.make(asked).rows == rows[1:]
 

@@ -21,7 +21,7 @@ from lora_dpo.layers import work_of
 from lora_dpo.planning import Batches, Lengths, Plan, Setting, Shape, Tokens, card_of, operations
 from lora_dpo.planning.measuring import Bytes
 from lora_dpo.planning.operations import has_several, micro_batches, plain_bytes
-from lora_dpo.planning.plans import _seconds
+from lora_dpo.planning.plans import seconds_floor
 from lora_dpo.policy import load_policy, peft_config
 from lora_dpo.reference_cache import with_reference_logps
 from lora_dpo.reference_store import stored_reference_logps
@@ -121,7 +121,7 @@ def test_weights_that_are_not_packed_are_not_made_plain_and_offloading_keeps_two
             _bytes(**counted), setting, Batches(1), Lengths.of(rows, 1), None, "", 0,
             card=card_of("rtx4090"), step=Tokens.laid(rows),
         )  # fmt: skip
-        assert _seconds(plan) == pytest.approx(ours, rel=2e-3)
+        assert seconds_floor(plan) == pytest.approx(ours, rel=2e-3)
     found = _bytes(waiting=5, waiting_kept=7, recomputed=10, kept=100, head=3).offloaded()
     assert found.activations(2) == 7 + 2 * 10 + 2 * 100 + 3
     assert found.activations(4) == 5 + 2 * 10 + 3

@@ -39,6 +39,7 @@ COMMENTS: dict[str, str] = {
     "train.optim": "adamw_torch keeps float32 state; adamw_8bit a quarter of it, approximately",
     "train.gradient_checkpointing": "layers are computed again in backward, as few as fit; false: none",
     "train.memory_budget_gib": "GiB of the card that training may take; null: all of it",
+    "train.activation_offloading": "layers may wait in the CPU's memory, where that is timed to be faster",
     "train.engine": "auto | fast (insists on flat rows) | plain (padded rows, peft's layers)",
     "train.max_tokens_per_batch": "tokens of a micro-batch, in place of its rows",
     "train.on_nonfinite": "a loss that is no number: stop | skip (the step is left out and counted)",

@@ -122,6 +122,7 @@ class TrainConfig(OpenSection):
     engine: Literal["auto", "fast", "plain"] = "auto"
     max_tokens_per_batch: int | None = Field(None, ge=1)
     memory_budget_gib: float | None = Field(None, gt=0, le=2**20)
+    activation_offloading: bool = True
     reference_update: Literal["none", "hard", "soft", "factors"] = "none"
     reference_update_steps: int = Field(512, ge=1)
     reference_update_weight: float = Field(0.6, gt=0, le=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from lora_dpo.layers.work import Work
 from lora_dpo.randomness import forked, random_state, restore_random
@@ -82,7 +83,14 @@ def run_layer(
 
     number, is_last = place
     with work.keeping_weights() if work.fused else nullcontext():
-        out = _policy_part(layer, work, number < work.recomputed, hidden, call)
+        if number < work.recomputed:
+            out = _recomputed(layer, work, hidden, call)
+        else:
+            moved = number < work.recomputed + work.moved
+            beside = tree_iter((args, kw))  # of all layers
+            with work.offload(hidden.device).layer(beside) if moved else nullcontext():
+                out = call(hidden)
+        work.passed()
         if work.fused:
             theirs = hidden.detach() if work.reference_state is None else work.reference_state
             with torch.no_grad(), work.turned(as_reference=True):
@@ -93,12 +101,9 @@ def run_layer(
     return wraps[0]([out]) if wraps else out
 
 
-def _policy_part(layer: Any, work: Work, recomputes: bool, hidden: Tensor, call: Call) -> Tensor:
-    if not recomputes:
-        return call(hidden)
+def _recomputed(layer: Any, work: Work, hidden: Tensor, call: Call) -> Tensor:
     weights = [p for p in layer.parameters() if p.requires_grad]
-    waiting = torch.autograd.graph.save_on_cpu(pin_memory=hidden.is_cuda)
-    with waiting if work.offloaded else nullcontext():
+    with work.offload(hidden.device).layer() if work.offloaded else nullcontext():
         out: Tensor = _Recomputed.apply(hidden, call, work, *weights)  # type: ignore[no-untyped-call]
     return out
 

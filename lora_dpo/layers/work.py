@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lora_dpo.layers.offloading import Offload, link_of
 from lora_dpo.policy import plain_weight
 
 
@@ -18,6 +20,7 @@ class Work:
     Attributes:
         recomputed: how many layers, from the first on, keep their input alone until backward.
         offloaded: whether these inputs wait in the memory of the CPU.
+        moved: how many of the layers behind them wait there with all that backward needs of them.
         fusable: whether policy and reference can run together, layer by layer.
         skips_last: whether a recomputation leaves out the last projection of an MLP.
         keeps_weights: whether a layer's plain weights wait for their second use, which costs their
@@ -33,6 +36,7 @@ class Work:
     def __init__(self) -> None:
         self.recomputed = 0
         self.offloaded = False
+        self.moved = 0
         self.fusable = False
         self.skips_last = False
         self.keeps_weights = True
@@ -50,6 +54,7 @@ class Work:
             None  # of the layer that runs, ``[rows, time, hidden]``
         )
         self._weights: dict[nn.Module, Tensor] | None = None
+        self._offload: Offload | None = None  # of the batch that runs
 
     def weight(self, linear: nn.Module) -> Tensor:
         """Return a linear layer's weight as plain floats, made once where it is needed twice."""
@@ -73,8 +78,23 @@ class Work:
                 if layer.gradient_checkpointing:
                     self.recomputed = max(self.recomputed, number)
                     layer.gradient_checkpointing = False
-        with self.turned(running=not self.off):
-            yield
+        with self.turned(running=not self.off, _offload=None):
+            try:
+                yield
+            finally:  # the last layers, and those of a pass that failed
+                self.passed()
+                self.passed()
+
+    def offload(self, device: torch.device) -> Offload:
+        """Return what of this batch waits in the memory of the CPU."""
+        if self._offload is None:
+            self._offload = Offload(link_of(device))
+        return self._offload
+
+    def passed(self) -> None:
+        """Behind the forward pass of each layer: what was sent before it is let go."""
+        if self._offload is not None:
+            self._offload.passed()
 
     @contextmanager
     def keeping_weights(self) -> Iterator[None]:

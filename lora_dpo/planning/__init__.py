@@ -16,6 +16,7 @@ from lora_dpo.planning.lengths import (
     largest_places,
 )
 from lora_dpo.planning.measuring import Bytes, Setting, measure
+from lora_dpo.planning.moving import moved_instead
 from lora_dpo.planning.operations import Shape, Tokens, has_several, operations
 from lora_dpo.planning.plans import Plan, Remedy, make_plan
 from lora_dpo.stepping import Batches
@@ -39,6 +40,7 @@ __all__ = [
     "largest_places",
     "make_plan",
     "measure",
+    "moved_instead",
     "operations",
     "optimiser_bytes",
     "plan",

@@ -63,6 +63,7 @@ class Question:
     recompute: bool
     card: Card | None
     engine: str = ""
+    offloads: bool = True
 
     def answer(self, *, remedies: bool = True) -> Plan:
         """Return the plan.
@@ -75,6 +76,7 @@ class Question:
         """
         options: Any = {"room": self.room, "room_is": self.room_is, "recompute": self.recompute}
         options |= {"card": self.card, "remedies": remedies, "engine": self.engine}
+        options["offloads"] = self.offloads
         with _imagined(self.base):
             return make_plan(self.setting, self.rows, self.batches, **options)
 
@@ -145,7 +147,7 @@ def question_of(
         setting, engine = _as_the_engine_would(setting, config.train.engine, longest)
     recompute = recomputes(arguments)
     asked = (config.model.base, setting, rows, batches, room, words, recompute, card, engine)
-    return Question(*asked)
+    return Question(*asked, offloads=config.train.activation_offloading)
 
 
 @contextmanager
@@ -187,6 +189,7 @@ def plan_policy(
     recompute: bool,
     budget_gib: float | None = None,
     brief: bool = False,
+    offloads: bool = True,
 ) -> Plan | None:
     """Plan the training of a policy as it stands.
 
@@ -198,6 +201,7 @@ def plan_policy(
         recompute: whether layers may be recomputed.
         budget_gib: memory that training may take; that of the card if left out.
         brief: plan as well where nothing limits the memory, in half of the time.
+        offloads: whether anything may wait in the memory of the CPU.
 
     Returns:
         The plan; None where nothing limits the memory, unless ``brief``.
@@ -215,6 +219,7 @@ def plan_policy(
         return None
     setting = setting_of(policy, args=args, chunk=chunk, with_reference=with_reference)
     options: dict[str, Any] = {"recompute": recompute, "card": card, "brief": brief}
+    options["offloads"] = offloads
     return make_plan(setting, rows, batches, room=room, room_is=words, **options)
 
 

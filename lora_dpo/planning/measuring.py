@@ -122,6 +122,7 @@ class Bytes:
         layers: how many there are.
         base, trained: weights of the base and trained ones, counted.
         linears, last, lora: weights that work on each token, as in ``operations.Shape``.
+        crossing: of the input of a recomputed layer, where it waits in the memory of the CPU.
     """
 
     quantised: int
@@ -144,6 +145,7 @@ class Bytes:
     linears: int
     last: int
     lora: int
+    crossing: int = 0
 
     @property
     def static(self) -> int:
@@ -151,19 +153,27 @@ class Bytes:
         weights = self.quantised + self.unquantised + self.adapters
         return weights + self.gradients + self.optimiser
 
-    def moments(self, recomputed: int) -> dict[str, dict[str, int]]:
+    def moments(self, recomputed: int, moved: int = 0) -> dict[str, dict[str, int]]:
         """Return the bytes beyond the static ones when most are there, by moment and by part.
 
         Args:
             recomputed: layers that are, the first ones.
+            moved: layers behind them that wait in the memory of the CPU with all that they keep.
         """
-        kept = self.layers - recomputed
+        kept = self.layers - recomputed - moved
         checkpoints = {"checkpoints": recomputed * self.recomputed}
         waiting = {**checkpoints, "kept activations": kept * self.kept}
-        waiting["beside the layers"] = self.waiting_kept if kept else self.waiting
+        waiting["beside the layers"] = self.waiting_kept if kept + moved else self.waiting
         found = {"the head": {**waiting, "head in flight": self.head}}
         if kept:
             found["a kept layer's backward"] = {**waiting, "layer in flight": self.in_flight_kept}
+        if moved:  # it is back, and that before it on its way
+            back = {"activations on their way": min(moved, 2) * self.kept}
+            beside = {
+                "beside the layers": self.waiting_kept,
+                "layer in flight": self.in_flight_kept,
+            }
+            found["a moved layer's backward"] = {**checkpoints, **back, **beside}
         if recomputed:  # those that were kept have run backward by then
             beside = {"beside the layers": self.waiting, "layer in flight": self.in_flight}
             found["a recomputed layer's backward"] = {**checkpoints, **beside}
@@ -171,18 +181,19 @@ class Bytes:
             found["the end of backward"] = {"gradients": 4 * self.trained}
         return found
 
-    def at_the_peak(self, recomputed: int) -> tuple[str, dict[str, int]]:
+    def at_the_peak(self, recomputed: int, moved: int = 0) -> tuple[str, dict[str, int]]:
         """Return the moment of ``moments`` that takes most, with its parts."""
-        return max(self.moments(recomputed).items(), key=lambda found: sum(found[1].values()))
+        moments = self.moments(recomputed, moved)
+        return max(moments.items(), key=lambda found: sum(found[1].values()))
 
-    def activations(self, recomputed: int) -> int:
-        """Most bytes beyond the static ones, with so many layers recomputed, the first ones."""
-        return sum(self.at_the_peak(recomputed)[1].values())
+    def activations(self, recomputed: int, moved: int = 0) -> int:
+        """Most bytes beyond the static ones; arguments as in ``moments``."""
+        return sum(self.at_the_peak(recomputed, moved)[1].values())
 
-    def peak(self, recomputed: int | None = None) -> int:
+    def peak(self, recomputed: int | None = None, moved: int = 0) -> int:
         """Most bytes at one time in a step, with so many layers recomputed; all, if left out."""
         layers = self.layers if recomputed is None else recomputed
-        return self.static + self.activations(layers)
+        return self.static + self.activations(layers, moved)
 
     def fewest_recomputed(self, room: int, least: int = 0) -> int | None:
         """Return how few layers must be recomputed to stay within ``room`` bytes; None: too many.
@@ -193,6 +204,25 @@ class Bytes:
         """
         return next((n for n in range(least, self.layers + 1) if self.peak(n) <= room), None)
 
+    def fewest_moved(self, room: int, most: int, below: int) -> tuple[int, int] | None:
+        """Return how many layers to recompute and to move, fewer recomputed than ``below``; None: none.
+
+        Args:
+            room: bytes on the device.
+            most: bytes in the memory of the CPU.
+            below: layers that are recomputed where none is moved.
+        """
+        most_layers = most // self.kept if self.kept else 0
+        for recomputed in range(below):
+            for moved in range(1, min(most_layers, self.layers - recomputed) + 1):
+                if self.peak(recomputed, moved) <= room:
+                    return recomputed, moved
+        return None
+
+    def sent(self, recomputed: int, moved: int) -> int:
+        """Bytes that a micro-batch sends to the memory of the CPU, and has back."""
+        return recomputed * self.crossing + moved * self.kept
+
     def offloaded(self) -> Bytes:
         """Return the same with the inputs of recomputed layers in the memory of the CPU.
 
@@ -200,7 +230,8 @@ class Bytes:
         """
         way = 2 * self.recomputed
         waiting, kept = self.waiting + way, self.waiting_kept + way
-        return replace(self, waiting=waiting, waiting_kept=kept, recomputed=0)
+        further = {"recomputed": 0, "crossing": self.recomputed}
+        return replace(self, waiting=waiting, waiting_kept=kept, **further)
 
 
 def measure(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lora_dpo.planning.cards import GIB, Card
+from lora_dpo.planning.cards import GIB, LINK, Card
 from lora_dpo.planning.lengths import Lengths, largest_micro_batch
 from lora_dpo.planning.measuring import Bytes, Setting, measure
 from lora_dpo.planning.operations import (
@@ -19,7 +19,7 @@ from lora_dpo.planning.operations import (
     rows_of_a_step,
 )
 from lora_dpo.showing import Told
-from lora_dpo.stepping import Batches
+from lora_dpo.stepping import Batches, batch_tokens
 
 Row = Mapping[str, Any]
 
@@ -71,6 +71,10 @@ class Plan(Told):
         card: whose rates the time is computed with.
         step: tokens of a mean step, and ``pieces``, its micro-batches.
         engine: why layers and layout are what they are, where that is decided from the config alone.
+        moved: layers behind the recomputed ones that wait in the memory of the CPU with all that
+            backward needs of them.
+        widest: tokens of the micro-batch whose bytes these are.
+        offloads: whether anything may wait in the memory of the CPU.
     """
 
     bytes: Bytes
@@ -89,18 +93,22 @@ class Plan(Told):
     step: Tokens = field(default_factory=lambda: Tokens(0, 0, 0))
     pieces: float = 1.0
     engine: str = ""
+    moved: int = 0
+    widest: int = 0
+    offloads: bool = True
 
     @property
     def title(self) -> str:
         """The peak, how it is reached, and whether it fits."""
         how = f"peak {self.peak / GIB:.2f} GiB, {self.recomputed} of {self.bytes.layers} layers recomputed"
+        how += f", {self.moved} in the memory of the CPU" if self.moved else ""
         fits = {None: "", True: f", fits {self.room_is}", False: f", does NOT fit {self.room_is}"}
         return how + fits[self.fits]
 
     @property
     def peak(self) -> int:
         """Predicted most bytes of tensors at one time."""
-        return self.bytes.peak(self.recomputed)
+        return self.bytes.peak(self.recomputed, self.moved)
 
     @property
     def fits(self) -> bool | None:
@@ -127,13 +135,13 @@ class Plan(Told):
             "gradients": b.gradients,
             "optimiser": b.optimiser,
         }
-        for name, size in b.at_the_peak(self.recomputed)[1].items():
+        for name, size in b.at_the_peak(self.recomputed, self.moved)[1].items():
             found[name] = found.get(name, 0) + size
         return found
 
     def moments(self) -> dict[str, int]:
         """Return the bytes at each moment of a step that can be the peak, in words."""
-        found = self.bytes.moments(self.recomputed)
+        found = self.bytes.moments(self.recomputed, self.moved)
         return {name: self.bytes.static + sum(parts.values()) for name, parts in found.items()}
 
     def lines(self) -> list[str]:
@@ -148,6 +156,9 @@ class Plan(Told):
             found.append(f"engine: {layers}, {rows} ({self.engine})")
         layers = f"{self.recomputed} of {self.bytes.layers} layers recomputed"
         layers += " from inputs in the memory of the CPU" if self.offloaded else ""
+        layers += (
+            f", {self.moved} whole in {self._sent} of the memory of the CPU" if self.moved else ""
+        )
         found.append(f"plan: peak {self.peak / GIB:.2f} GiB of tensors with {layers}")
         found.append(f"plan, GiB: {_sizes(self.parts())}")
         found.append(f"plan, GiB at each moment that can be the peak: {_sizes(self.moments())}")
@@ -156,11 +167,28 @@ class Plan(Told):
                 f"plan: a step takes at least {self.seconds:.2f} s ({self.operations / 1e12:.4g} "
                 "TFLOP at the card's full rate, and every weight's way)"
             )
+        found += self._instead()
         if self.fits is not None:
             verdict = "fits" if self.fits else "does NOT fit"
             found.append(f"plan: {verdict} into {self.room_is}, {(self.room or 0) / GIB:.2f} GiB")
         found += [f"  {remedy}" for remedy in self.remedies]
         return [*found, f"  {self.together}"] if self.together else found
+
+    @property
+    def _sent(self) -> str:
+        return f"{self.bytes.sent(self.recomputed, self.moved) / GIB:.2f} GiB"
+
+    def _instead(self) -> list[str]:
+        from lora_dpo.planning.moving import moved_instead
+
+        other = moved_instead(self)
+        if other is None:
+            return []
+        time = "" if other.seconds is None else f" (at least {other.seconds:.2f} s a step)"
+        return [
+            f"plan: or {other.moved} layers wait in {other._sent} of the CPU's memory, and "
+            f"{other.recomputed} are recomputed{time}: train times both and takes the faster"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -176,7 +204,9 @@ class Plan(Told):
             "moments": self.moments(),
             "layers": self.bytes.layers,
             "recomputed_layers": self.recomputed,
+            "moved_layers": self.moved,
             "offloaded": self.offloaded,
+            "sent_bytes": self.bytes.sent(self.recomputed, self.moved),
             "keeps_weights": self.setting.keeps_weights,
             "batches": asdict(self.batches),
             "lengths": asdict(self.lengths),
@@ -208,6 +238,7 @@ def make_plan(
     offloaded: bool = False,
     engine: str = "",
     brief: bool = False,
+    offloads: bool = True,
     change: Callable[[Bytes], Bytes] = lambda found: found,
 ) -> Plan:
     """Measure a step on fake tensors and decide how many layers are recomputed.
@@ -225,6 +256,7 @@ def make_plan(
         offloaded: whether inputs of layers wait in the CPU's memory in any case.
         engine: why layers and layout are what they are.
         brief: measure, where there is nothing to choose, that way alone, in half of the time.
+        offloads: whether inputs of layers may, where nothing else makes it fit.
         change: what to make of the bytes that were measured.
     """
     from lora_dpo.planning.remedies import remedied
@@ -238,28 +270,25 @@ def make_plan(
         return found.offloaded() if offloaded else found
 
     if recompute and room is not None and setting.fast:
-        aside = card is not None and not offloaded
+        aside = card is not None and not offloaded and offloads
         setting, found, layers, moved = _as_few_as_fit(setting, measured, room, least, aside=aside)
         offloaded = offloaded or moved
     else:
         found = measured(setting)
         layers = found.layers if recompute else least
+    lengths = Lengths.of(rows, batches.micro_batch)
+    how = (found, setting, batches, lengths, room, room_is, layers, offloaded)
     plan = Plan(
-        found,
-        setting,
-        batches,
-        Lengths.of(rows, batches.micro_batch),
-        room,
-        room_is,
-        layers,
-        offloaded,
+        *how,
         recompute=recompute,
         card=card,
         step=_mean_step(rows, batches, setting, shape_of(setting, found).window),
         pieces=micro_batches(rows, batches, flat=setting.flat),
         engine=engine,
+        widest=batch_tokens(largest, setting.flat),
+        offloads=offloads,
     )
-    plan = replace(plan, seconds=_seconds(plan))
+    plan = replace(plan, seconds=seconds_floor(plan))
     return remedied(plan, rows) if remedies and plan.fits is False else plan
 
 
@@ -298,8 +327,11 @@ def shape_of(setting: Setting, found: Bytes) -> Shape:
     return Shape.of(setting.architecture, **counted)
 
 
-def _seconds(plan: Plan) -> float | None:
-    """Return the time of a mean step at the full rate of a card: every product, every weight's way."""
+def seconds_floor(plan: Plan) -> float | None:
+    """Return the time of a mean step at the full rate of a card: every product, every weight's way.
+
+    What waits in the memory of the CPU is sent and fetched meanwhile, one after the other.
+    """
     card, setting = plan.card, plan.setting
     if card is None or card.tflops is None or card.gb_per_s is None:
         return None
@@ -315,4 +347,6 @@ def _seconds(plan: Plan) -> float | None:
             keeps_weights=setting.keeps_weights,
             skips_last=setting.skips_last,
         )
-    return float(plan.operations / (card.tflops * 1e12) + moved / (card.gb_per_s * 1e9))
+    computed = plan.operations / (card.tflops * 1e12) + moved / (card.gb_per_s * 1e9)
+    sent = plan.bytes.sent(plan.recomputed, plan.moved) * plan.step.count / max(plan.widest, 1)
+    return float(max(computed, 2 * sent / LINK))

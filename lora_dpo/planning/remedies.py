@@ -27,6 +27,7 @@ class _Asked:
     rows: Sequence[Row]
     batches: Batches
     recompute: bool
+    offloads: bool
     trained: float = 1.0  # share of the weights that are
 
     def plan(self, plan: Plan) -> Plan:
@@ -41,6 +42,7 @@ class _Asked:
             remedies=False,
             least=0 if self.recompute else plan.recomputed,
             offloaded=plan.offloaded,
+            offloads=self.offloads,
             change=self.with_less,
         )
 
@@ -63,7 +65,7 @@ class _Change:
 
 def remedied(plan: Plan, rows: Sequence[Row]) -> Plan:
     """Return a plan that does not fit with what makes it fit, the cheapest first."""
-    asked = _Asked(plan.setting, rows, plan.batches, plan.recompute)
+    asked = _Asked(plan.setting, rows, plan.batches, plan.recompute, plan.offloads)
     tried = [(change, change.make(asked).plan(plan)) for change in _changes(plan, asked)]
     found = [(change, _remedy(plan, change, other)) for change, other in tried]
     found = [(change, remedy) for change, remedy in found if remedy.spared > 0]
@@ -101,6 +103,9 @@ def _changes(plan: Plan, asked: _Asked) -> Iterator[_Change]:
     if not plan.recompute and plan.recomputed < plan.bytes.layers:
         words = "train.gradient_checkpointing: true"
         yield _Change(words, _TIME, "exact", lambda a: replace(a, recompute=True))
+    if not plan.offloads and plan.card is not None:
+        words = "train.activation_offloading: true"
+        yield _Change(words, _TIME, "exact", lambda a: replace(a, offloads=True))
     yield from _smaller_batches(plan, asked)
     if not setting.embeddings_on_cpu and not _tied(setting) and plan.bytes.embeddings:
         words, width = "model.embeddings_on_cpu: true", setting.architecture.get_text_config()
