@@ -95,9 +95,14 @@ def _backward(
 
 @contextmanager
 def _tiles(flat: Tensor, parts: Parts) -> Iterator[list[slice]]:
-    """Cut tokens into tiles; where there are several, plain weights wait for the next one."""
-    tiles = [slice(start, start + _ROWS) for start in range(0, max(len(flat), 1), _ROWS)]
-    with parts[0].work.keeping_weights() if len(tiles) > 1 else nullcontext():
+    """Cut tokens into tiles; where there are several, plain weights wait for the next one.
+
+    Where weights may not wait they are made plain for each tile, of which there are half as many.
+    """
+    work = parts[0].work
+    rows = _ROWS if work.keeps_weights else 2 * _ROWS
+    tiles = [slice(start, start + rows) for start in range(0, max(len(flat), 1), rows)]
+    with work.keeping_weights() if len(tiles) > 1 else nullcontext():
         yield tiles
 
 

@@ -19,9 +19,7 @@ from lora_dpo.layers.work import Work
 
 Norm = Callable[[Tensor], Tensor]
 _SAMPLE = 4  # rows on which a norm is compared with torch's
-_FEW = (
-    512  # rows that are normed again at one time in backward, where that takes more than one kernel
-)
+_FEW = 2**21  # numbers that are normed again at one time, where that takes several kernels
 _ALL = 2**62
 
 
@@ -55,7 +53,7 @@ def frozen_norm(
     """Return the norm of ``x``; outside a batch of ours, by the library's own forward."""
     if not work.running or args or kw:
         return original(x, *args, **kw)
-    norm, rows = original, _FEW
+    norm, rows = original, max(_FEW // x.shape[-1], 1)
     if eps is not None and x.dtype == module.weight.dtype and _has_kernel(x):
         norm, rows = partial(_fused, module.weight, eps), _ALL
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -76,12 +74,12 @@ def _fused(weight: Tensor, eps: float, x: Tensor) -> Tensor:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of its one input, with nothing that is trained or hooked.
+    """Whether a module is a norm of rows by themselves, with nothing that is trained or hooked.
 
     torch's own norms keep no more than their input as they are.
     """
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    frozen = not any(p.requires_grad or p.dim() > 1 for p in module.parameters())
     kind = type(module)
     named = kind.__name__.endswith("Norm") and not kind.__module__.startswith("torch.")
     return named and frozen and not hooked and not list(module.children())
@@ -109,7 +107,7 @@ def epsilon_of(module: Any) -> float | None:
         found = module(rows)
         expected = rms_norm(rows, weight.shape, weight.float(), eps)
         return eps if torch.allclose(found, expected, rtol=1e-4, atol=1e-5) else None
-    except (RuntimeError, TypeError):  # a norm of another kind
+    except Exception:  # whatever a norm of another kind says to it
         return None
 
 

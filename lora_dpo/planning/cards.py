@@ -91,4 +91,5 @@ def this_card(device: torch.device | None = None) -> Card | None:
         None,
     )
     rates = (known.tflops, known.gb_per_s) if known else (None, None)
-    return Card(facts.name, facts.total_memory / GIB, *rates, torch.cuda.is_bf16_supported())
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Card(facts.name, facts.total_memory / GIB, *rates, bfloat16)
