@@ -57,9 +57,8 @@ Result = TypeVar("Result")
 _NO_LIMIT = "nothing limits the memory: no GPU, and train.memory_budget_gib is not set"
 _SMALL = 20_000_000  # weights
 _FOUND = "what could be had when memory ran out"
-_SHARE = (
-    3  # of free memory: pinned memory is given out in powers of two, up to twice what was asked
-)
+_SHARE = 2  # of the CPU's free memory, what may wait there
+_NONE_WAITS = ", and none waits elsewhere"
 _AGREE = 0.05  # of two ways through the same kernels, some of which add up in no fixed order
 
 
@@ -178,27 +177,27 @@ class Memory:
         other = moved_instead(plan, free_memory() // _SHARE)
         if other is None:
             return
-        before, problem = 0.0, ""
+        where, takes = f"{other.moved} layers in the memory of the CPU", False
         try:
             before, expected = self._timed(attempt)
             self._take(other)
             now, found = self._timed(attempt)
             away = largest_difference(found, expected)
-            what = f"{now:.3f} s with {other.moved} layers in the memory of the CPU"
+            takes = now < before and away < _AGREE  # nor is NaN
+            self.tried = (
+                f"the longest micro-batch takes {now:.3f} s with {where}, {before:.3f} without"
+            )
             if not away < _AGREE:
-                problem = f", but its gradients differ by {away:.2g}"
-        except RuntimeError as error:  # memory of either side
-            now, what = float("inf"), f"not with {other.moved} layers in the memory of the CPU"
-            problem = f" ({' '.join(str(error).split())[:160]})"
-        takes = now < before and not problem
+                self.tried += f", but gradients differ by {away:.2g}"
+        except Exception as error:  # whatever goes wrong there: the plan has been tried
+            self.tried = f"{where} could not be tried ({' '.join(str(error).split())[:160]})"
         if takes:
             self.plan, self._recomputed = other, plan.recomputed
         else:  # outside of the handler: its traceback keeps tensors alive
             self._take(plan)
             self.model.zero_grad(set_to_none=True)
             forget(self.device)
-        self.tried = f"the longest micro-batch takes {before:.3f} s by the plan, {what}{problem}"
-        logger.info("%s: the %s is taken", self.tried, "latter" if takes else "former")
+        logger.info("%s: %s is taken", self.tried, "the former" if takes else "the plan without")
         if self.tell is not None:
             self.tell()
 
@@ -242,7 +241,7 @@ class Memory:
             change = self._shrink(room, tries) if self.alone else ""
             if not change:
                 raise TrainingError(self._too_large(what, short))
-            tries += 1
+            tries = 0 if change.endswith(_NONE_WAITS) else tries + 1
             logger.warning("out of memory in %s (%s); from now on %s", what, short.said, change)
             self.changes.append(f"out of memory in {what}; from now on {change}")
             if room is not None:
@@ -263,7 +262,7 @@ class Memory:
         work, layers = work_of(causal), len(decoder_layers(causal))
         if work is not None and work.moved:
             work.recomputed, work.moved = self._recomputed, 0
-            return f"{work.recomputed} of {layers} layers are recomputed, and none waits elsewhere"
+            return f"{work.recomputed} of {layers} layers are recomputed{_NONE_WAITS}"
         if work is not None and work.recomputed < layers:
             count = None
             if self.plan is not None and room is not None and tries == 0:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_dpo.errors import TrainingError
 from lora_dpo.heads import causal_lm, home_device
+from lora_dpo.layers.offloading import release
 from lora_dpo.randomness import random_state, restore_random
 from lora_dpo.sharding import is_sharded
 from lora_dpo.stepping import row_length
@@ -72,6 +73,7 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    release(device)
 
 
 @dataclass

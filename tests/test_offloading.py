@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class Queue:
     """A link whose copies run in order, at once or when they are waited for.
 
     Attributes:
-        held: bytes in the memory of the CPU, most at one time.
+        sent: bytes, in all.
         copies: what was done, in order: ``send`` or ``fetch``.
+        sources: where what was sent stood.
     """
 
     def __init__(self, *, late: bool) -> None:
@@ -48,6 +50,7 @@ class Queue:
         self.count = self.sent = self.waited = 0
         self.copies: list[str] = []
         self.on_their_way: list[int] = []
+        self.sources: set[int] = set()
 
     def _add(self, copy: Any) -> int:
         self.count += 1
@@ -68,6 +71,7 @@ class Queue:
             held[:] = tensor.numpy()
 
         self.sent += held.nbytes
+        self.sources.add(source.data_ptr())
         self.copies.append("send")
         return held, self._add(copy)
 
@@ -152,7 +156,7 @@ def test_every_kind_of_model_gives_the_same_bits(link: Queue, kind: str) -> None
     assert torch.equal(*found)
 
 
-def test_several_batches_before_a_backward_pass_and_two_passes_through_one_graph(
+def test_several_batches_before_a_backward_pass_and_three_passes_through_one_graph(
     link: Queue,
 ) -> None:
     policy = _policy()
@@ -163,11 +167,13 @@ def test_several_batches_before_a_backward_pass_and_two_passes_through_one_graph
         state.recomputed, state.moved = 0, moved
         total = sum(both_logps(policy, batch, chunk=64)[0].sum() for batch in batches)
         assert isinstance(total, Tensor)
-        for keeps in (True, False):
+        for keeps in (True, True, False):
             policy.zero_grad()
             total.backward(retain_graph=keeps)
             found.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
     first, *others = found
+    # each pass has everything back once, and keeps none of it for the next
+    assert link.copies.count("fetch") == 3 * link.copies.count("send")
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
 
 
@@ -179,6 +185,47 @@ def test_dropout_and_what_else_is_left_to_the_library_waits_too(link: Queue) -> 
         torch.manual_seed(3)
         found.append(_gradient(policy, both_logps(policy, flat_pairs(ROWS), chunk=64)[0]))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=4, targets=["q_proj", "v_proj"]),
+        LoraConfig(rank=4, dropout=0.3),
+        LoraConfig(rank=4, targets=["q_proj"], modules_to_save=["mlp"]),
+    ],
+)
+def test_no_weight_is_sent_and_nothing_that_stands_elsewhere(link: Queue, lora: LoraConfig) -> None:
+    """A frozen linear layer of the library saves a view of its weight, which is no parameter itself."""
+    model = _model("llama", num_hidden_layers=LAYERS)
+    policy = load_policy(model, lora=lora, quantisation="none").train()
+    choose_engine(policy, ROWS, 9, "auto", chunk=64)
+    state = _work(policy)
+    state.recomputed, state.moved = 0, LAYERS
+    _gradient(policy, both_logps(policy, flat_pairs(ROWS), chunk=64)[0])
+    weights = {tensor.data_ptr() for tensor in [*policy.parameters(), *policy.buffers()]}
+    assert link.sources and not link.sources & weights
+    offload = offloading.Offload(link, torch.device("meta"))
+    before, x = len(link.copies), torch.rand(64, requires_grad=True)
+    with offload.layer():
+        out = (x * torch.rand(64)).sum()
+    out.backward()  # type: ignore[no-untyped-call]
+    assert len(link.copies) == before
+
+
+def test_what_is_changed_in_place_between_two_saves_crosses_as_both(link: Queue) -> None:
+    offload = offloading.Offload(link, torch.device("cpu"))
+    x, y = (torch.rand(8, requires_grad=True) for _ in range(2))
+    factor = torch.full((8,), 2.0)
+    with offload.layer():
+        first = (x * factor).sum()
+        offload.passed()
+        offload.passed()  # the first copy has been made
+        factor.mul_(3)
+        second = (y * factor).sum()
+    (first + second).backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and y.grad is not None
+    assert set(x.grad.tolist()) == {2.0} and set(y.grad.tolist()) == {6.0}
 
 
 def test_two_layers_at_most_are_on_the_device_however_many_wait(link: Queue) -> None:
@@ -213,7 +260,7 @@ def test_what_is_small_or_of_all_layers_or_a_parameter_stays(
 ) -> None:
     queue = Queue(late=True)
     monkeypatch.setattr(offloading, "SMALL", 100)
-    offload = offloading.Offload(queue)
+    offload = offloading.Offload(queue, torch.device("cpu"))
     weight = torch.nn.Parameter(torch.rand(64))
     shared, small, large = torch.rand(64), torch.rand(8), torch.rand(64)
     x = torch.rand(64, requires_grad=True)
@@ -231,7 +278,7 @@ def test_what_is_small_or_of_all_layers_or_a_parameter_stays(
 
 def test_views_of_one_storage_cross_once_with_their_strides() -> None:
     queue = Queue(late=False)
-    offload = offloading.Offload(queue)
+    offload = offloading.Offload(queue, torch.device("cpu"))
     whole = torch.rand(6, 8)
     turned, part = whole.t()[2:5], whole[1:4, ::2].expand(3, 4)
     saved: list[Tensor] = []
@@ -279,3 +326,48 @@ def test_a_step_that_fails_on_its_way_leaves_nothing_for_the_next(
         both_logps(policy, batch, chunk=64)
     last.mlp.forward = forward
     assert torch.equal(_gradient(policy, both_logps(policy, batch, chunk=64)[0]), expected)
+
+
+class _Stream:
+    """A stream that does everything at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 100])
+def test_a_cards_link_cuts_bytes_into_pieces_and_uses_them_again(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic of the pieces alone: what streams do is for a card to show."""
+    made: list[Tensor] = []
+
+    def pinned(size: int) -> Tensor:
+        made.append(torch.zeros(size, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(offloading, "PIECE", 16)
+    monkeypatch.setattr(offloading, "pinned", pinned)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    link = offloading.CardLink(torch.device("cpu"))
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in range(3)]
+    held = [link.send(source)[0] for source in sources]
+    pieces = -(-size // 16)
+    assert len(made) == 3 * pieces and not link.free
+    assert all(torch.equal(link.fetch(h)[0], s) for h, s in zip(held, sources, strict=True))
+    del held
+    assert len(link.free) == 3 * pieces
+    again, _ = link.send(sources[0])
+    assert len(made) == 3 * pieces and len(link.free) == 2 * pieces
+    assert torch.equal(link.fetch(again)[0], sources[0])

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 SMALL = 2**20  # bytes below which a tensor stays: it takes longer to begin a copy than to hold it
+PIECE = 2**23  # bytes of pinned memory
+
+
+Key = tuple[int, int]  # a storage, and how often it was changed in place
 
 
 class Link(Protocol):
@@ -35,36 +39,59 @@ class Link(Protocol):
         """Let what the device is given from now on begin behind a copy."""
 
 
+def pinned(size: int) -> Tensor:
+    """Return so many bytes of the CPU's memory that a card reads and writes by itself."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
 class CardLink:
-    """A stream of copies to and from pinned memory."""
+    """A stream of copies to and from pinned memory.
+
+    Pinned memory is taken in pieces of one size, which torch gives out without rounding them up, and used
+    again for whatever comes next. All that reads or writes a piece runs in this one stream, in order, so
+    that a piece can be given to the next tensor as soon as the copy that reads it last is queued.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copies = device, torch.cuda.Stream(device)
+        self.free: list[Tensor] = []
 
-    def send(self, source: Tensor) -> tuple[Tensor, Any]:
+    def send(self, source: Tensor) -> tuple[_Pieces, Any]:
         """See ``Link``."""
+        held = _Pieces(self, len(source))
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):
-            held = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            held.copy_(source, non_blocking=True)
+            for piece, part in zip(held.pieces, source.split(PIECE), strict=True):
+                piece[: len(part)].copy_(part, non_blocking=True)
             return held, self.copies.record_event()
 
-    def fetch(self, held: Tensor) -> tuple[Tensor, Any]:
+    def fetch(self, held: _Pieces) -> tuple[Tensor, Any]:
         """See ``Link``."""
-        back = torch.empty(held.shape, dtype=held.dtype, device=self.device)
+        back = torch.empty(held.size, dtype=torch.uint8, device=self.device)
         # its memory may be what the computation queued before has yet to read
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):
-            back.copy_(held, non_blocking=True)
-            end = self.copies.record_event()
-        back.record_stream(
-            self.copies
-        )  # should a pass that failed give it away before its copy ends
-        return back, end
+            for piece, part in zip(held.pieces, back.split(PIECE), strict=True):
+                part.copy_(piece[: len(part)], non_blocking=True)
+            return back, self.copies.record_event()
 
     def wait(self, end: Any) -> None:
         """See ``Link``."""
         torch.cuda.current_stream(self.device).wait_event(end)
+
+
+class _Pieces:
+    """Pinned memory of so many bytes, which goes back to its link when nobody holds it."""
+
+    def __init__(self, link: CardLink, size: int) -> None:
+        self.link, self.size = link, size
+        count = -(-size // PIECE)
+        self.pieces = [link.free.pop() for _ in range(min(count, len(link.free)))]
+        while len(self.pieces) < count:
+            self.pieces.append(pinned(PIECE))
+
+    def __del__(self) -> None:
+        self.link.free += self.pieces
 
 
 class NoLink:
@@ -88,6 +115,18 @@ def link_of(device: torch.device) -> Link:
     return CardLink(device) if device.type == "cuda" else NoLink()
 
 
+def release(device: torch.device) -> None:
+    """Give the pinned memory of a device's link, of which nothing is in use, back to the machine."""
+    if device.type != "cuda":
+        return
+    link: Any = link_of(device)
+    link.free.clear()
+    newer = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.13
+    empty = newer or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
+
+
 @dataclass
 class _Sent:
     held: Any
@@ -101,7 +140,7 @@ class _Sent:
 class _View:
     """A tensor by the storage that it is a view of."""
 
-    key: int
+    key: Key
     dtype: torch.dtype
     place: tuple[Any, ...]  # offset, size and stride
 
@@ -111,17 +150,22 @@ class _Layer:
     """What autograd saved of one layer: storages that were sent, each once, and those that are back."""
 
     link: Link
+    device: torch.device
     stays: set[int]
     before: _Layer | None
-    sent: dict[int, _Sent] = field(default_factory=dict)
-    back: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+    sent: dict[Key, _Sent] = field(default_factory=dict)
+    back: dict[Key, tuple[Tensor, Any]] = field(default_factory=dict)
     asked: bool = False
 
     def pack(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if isinstance(tensor, nn.Parameter) or key in self.stays or storage.nbytes() < SMALL:
+        stays = isinstance(tensor, nn.Parameter) or storage._cdata in self.stays
+        if stays or storage.nbytes() < SMALL or tensor.device != self.device:
             return tensor
+        key = (
+            storage._cdata,
+            tensor._version,
+        )  # as long as its source is held, no other has this number
         if key not in self.sent:
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             self.sent[key] = _Sent(*self.link.send(source), source)
@@ -155,8 +199,7 @@ class _Layer:
             for key in reversed(self.sent):  # backward begins with what was saved last
                 self._fetch(key)
 
-    def _fetch(self, key: int) -> None:
-        self.let_go()
+    def _fetch(self, key: Key) -> None:
         self.back[key] = self.link.fetch(self.sent[key].held)
 
     def let_go(self) -> None:
@@ -166,25 +209,30 @@ class _Layer:
                 self.link.wait(sent.end)
                 sent.source = None
 
+    def __del__(self) -> None:
+        for _, end in self.back.values():  # of a pass that failed: its memory is given away now
+            self.link.wait(end)
+
 
 class Offload:
     """What of one batch waits in the memory of the CPU, layer by layer.
 
     Args:
         link: the way there.
+        device: what stands on another one stays where it is.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self.link, self.device = link, device
         self._last: _Layer | None = None
         self._fresh: _Layer | None = None  # the layer that runs, or has just run
         self._leaving: _Layer | None = None  # the one before it
 
     @contextmanager
     def layer(self, stays: Iterable[Any] = ()) -> Iterator[None]:
-        """Send what autograd saves inside the block, but for parameters, ``stays`` and what is small."""
+        """Send what autograd saves inside the block, but for ``stays`` and what is small."""
         keys = {value.untyped_storage()._cdata for value in stays if isinstance(value, Tensor)}
-        self._last = self._fresh = _Layer(self.link, keys, self._last)
+        self._last = self._fresh = _Layer(self.link, self.device, keys, self._last)
         hooks = self._last.pack, self._last.unpack
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
             yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def run_layer(
             out = _recomputed(layer, work, hidden, call)
         else:
             moved = number < work.recomputed + work.moved
-            beside = tree_iter((args, kw))  # of all layers
+            # what all layers share, and what a weight of its own may be saved as a view of
+            beside = chain(tree_iter((args, kw)), layer.parameters(), layer.buffers())
             with work.offload(hidden.device).layer(beside) if moved else nullcontext():
                 out = call(hidden)
         work.passed()

@@ -88,7 +88,7 @@ class Work:
     def offload(self, device: torch.device) -> Offload:
         """Return what of this batch waits in the memory of the CPU."""
         if self._offload is None:
-            self._offload = Offload(link_of(device))
+            self._offload = Offload(link_of(device), device)
         return self._offload
 
     def passed(self) -> None:
