@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora_dpo.heads import causal_lm
+from lora_dpo.layers import Work, work_of
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,10 @@ def move_adapter(
     for name, parameter in policy.named_parameters():
         if f"lora_B.{adapter}" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def fast_work(policy: Any) -> Work:
+    """Return what the fast layers of a policy share."""
+    work = work_of(causal_lm(policy))
+    assert work is not None
+    return work

@@ -20,10 +20,10 @@ from lora_dpo.config import LoraConfig
 from lora_dpo.data import collate_pairs, flat_pairs
 from lora_dpo.engine import choose_engine, collate, has_fast_layers
 from lora_dpo.forward import both_logps, completion_logps, pair_stats
-from lora_dpo.layers import decoder_layers, release, take, work_of
+from lora_dpo.layers import decoder_layers, release, take
 from lora_dpo.planning.imagined import Ledger
 from lora_dpo.policy import load_policy, reference
-from tests.helpers import move_adapter
+from tests.helpers import fast_work, move_adapter
 from tests.test_engine import ROWS, _gradient, _model, _one_at_a_time
 
 LONG = [
@@ -42,12 +42,6 @@ def policy(tiny_model: Path) -> PeftModel:
     return policy.eval()
 
 
-def _state(policy: PeftModel) -> Any:
-    work = work_of(policy.get_base_model())
-    assert work is not None
-    return work
-
-
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("keeps_weights", [True, False])
 @pytest.mark.parametrize("offloaded", [True, False])
@@ -62,7 +56,7 @@ def test_policy_reference_and_gradient_equal_one_sequence_at_a_time_in_4_bit(
         assert "fast" in choose_engine(policy, ROWS, 9, "fast", chunk=5)
         if not hasattr(batch, "segments"):
             policy.get_base_model().config._attn_implementation = "sdpa"
-        work = _state(policy)
+        work = fast_work(policy)
         work.recomputed, work.keeps_weights, work.offloaded = recomputed, keeps_weights, offloaded
         ours, other = both_logps(policy, batch, chunk=5)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
@@ -79,7 +73,7 @@ def test_the_pass_for_both_equals_the_context_of_the_reference_from_a_starting_a
     started = load_policy(tiny_model, adapter=tmp_path / "start")
     move_adapter(started, std=0.3)
     choose_engine(started, ROWS, 9, "fast", chunk=64)
-    assert _state(started).fusable
+    assert fast_work(started).fusable
     batch = flat_pairs(ROWS)
     ours, theirs = both_logps(started, batch)
     with reference(started):
@@ -103,7 +97,7 @@ def test_every_weight_is_dequantised_twice_a_micro_batch_and_four_times_without_
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", counting)
     quantised = sum(type(m).__name__ == "Linear4bit" for m in policy.modules()) // 2  # and base
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
-    work = _state(policy)
+    work = fast_work(policy)
     for keeps, expected in ((True, 2), (False, 4)):
         work.keeps_weights = keeps
         work.dequantised.clear()
@@ -140,7 +134,7 @@ def test_bytes_kept_of_a_layer_are_its_input_or_less_than_the_librarys(policy: P
         return found
 
     choose_engine(policy, ROWS, 90, "fast", chunk=64)
-    work = _state(policy)
+    work = fast_work(policy)
     layers = len(decoder_layers(policy.get_base_model()))
     by_count = []
     for count in range(layers + 1):
@@ -226,7 +220,7 @@ def test_what_else_is_trained_gets_its_gradient_beside_the_fast_layers(
     with reference(policy):
         theirs = completion_logps(policy, batch)
     for recomputed in (0, 2):
-        _state(policy).recomputed = recomputed
+        fast_work(policy).recomputed = recomputed
         ours, other = both_logps(policy, batch)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-4)
@@ -250,12 +244,12 @@ def test_rows_beyond_a_sliding_window_are_padded_wherever_they_come_from() -> No
 def test_checkpointing_that_is_asked_for_later_holds_for_every_batch(policy: PeftModel) -> None:
     choose_engine(policy, ROWS, 9, "fast", chunk=64, recompute=False)
     policy.train()
-    assert _state(policy).recomputed == 0
+    assert fast_work(policy).recomputed == 0
     library = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     policy.get_base_model()._set_gradient_checkpointing(True, library)
     for _ in range(3):
         completion_logps(policy, flat_pairs(ROWS)).sum().backward()
-        assert _state(policy).recomputed == 2
+        assert fast_work(policy).recomputed == 2
 
 
 def test_layers_that_others_have_patched_or_that_are_not_known_are_left_to_the_library(
@@ -327,7 +321,7 @@ def test_generation_and_the_librarys_forward_run_on_the_librarys_layers(policy: 
     with torch.no_grad():
         expected = policy(input_ids=ids).logits
         choose_engine(policy, ROWS, 9, "fast", chunk=64)
-        work = _state(policy)
+        work = fast_work(policy)
         work.dequantised.clear()
         assert torch.equal(policy(input_ids=ids).logits, expected)
     assert not work.dequantised
@@ -363,7 +357,7 @@ def test_a_batch_split_recomputation_and_order_change_no_number_along_a_trajecto
         policy = load_policy(tiny_model, lora=LoraConfig(rank=4)).train()
         choose_engine(policy, ROWS, 9, engine, chunk=5)  # type: ignore[arg-type]
         if engine == "fast":
-            _state(policy).recomputed = recomputed
+            fast_work(policy).recomputed = recomputed
         weights = [p for p in policy.parameters() if p.requires_grad]
         optimiser = torch.optim.SGD(weights, lr=0.05)
         found = []
@@ -416,7 +410,7 @@ def test_dropout_draws_the_same_in_a_recomputation(tiny_model: Path) -> None:
     move_adapter(policy)
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
     policy.train()
-    work = _state(policy)
+    work = fast_work(policy)
     found = []
     for recomputed in (0, len(decoder_layers(policy.get_base_model()))):
         work.recomputed = recomputed
@@ -428,7 +422,7 @@ def test_dropout_draws_the_same_in_a_recomputation(tiny_model: Path) -> None:
 def test_a_layer_whose_mlp_output_is_read_is_recomputed_whole() -> None:
     policy = load_policy(_model("gemma3_text"), lora=LoraConfig(rank=4)).eval()
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
-    assert not _state(policy).skips_last  # a norm stands behind it
+    assert not fast_work(policy).skips_last  # a norm stands behind it
     llama = load_policy(_model("llama"), lora=LoraConfig(rank=4)).eval()
     choose_engine(llama, ROWS, 9, "fast", chunk=64)
-    assert _state(llama).skips_last
+    assert fast_work(llama).skips_last

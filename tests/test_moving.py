@@ -16,7 +16,7 @@ from lora_dpo.config import LoraConfig
 from lora_dpo.data import load_preferences, tokenise
 from lora_dpo.engine import choose_engine, lay_out, recompute_layers
 from lora_dpo.forward import both_logps
-from lora_dpo.layers import offloading, work, work_of
+from lora_dpo.layers import offloading, work
 from lora_dpo.planning import (
     Batches,
     Plan,
@@ -32,6 +32,7 @@ from lora_dpo.policy import load_policy, peft_config
 from lora_dpo.trainer import PreferenceTrainer
 from tests.allocating import peak_allocated
 from tests.conftest import WIDE
+from tests.helpers import fast_work
 from tests.test_offloading import Queue
 from tests.test_planning import ROWS
 
@@ -236,8 +237,8 @@ def test_what_is_faster_is_taken_and_no_number_depends_on_it(
     told: list[tuple[int, dict[str, Any]]] = []
     trainer.memory.tell = lambda: told.append((len(link.copies), trainer.memory.to_dict()))
     found = _run(trainer)
-    now, state = trainer.memory.plan, work_of(trainer.model.get_base_model())
-    assert now is not None and state is not None and now.peak <= room
+    now, state = trainer.memory.plan, fast_work(trainer.model)
+    assert now is not None and now.peak <= room
     assert (state.moved > 0) == (now.moved > 0) == taken == (len(link.copies) > told[-1][0])
     assert state.recomputed == now.recomputed == (0 if taken else 3)
     _, last = told[-1]
@@ -273,8 +274,8 @@ def test_a_link_that_fails_or_lies_is_not_taken_and_the_run_goes_on(
 ) -> None:
     trainer, _ = _trainer(wide_model, tmp_path, monkeypatch, link=link(late=False), ticks=0)
     losses, _ = _run(trainer)
-    state = work_of(trainer.model.get_base_model())
-    assert state is not None and (state.recomputed, state.moved) == (3, 0)
+    state = fast_work(trainer.model)
+    assert (state.recomputed, state.moved) == (3, 0)
     assert words in trainer.memory.tried and len(losses) == 2
     assert trainer.memory.changes == []
 
@@ -298,8 +299,7 @@ def test_memory_that_runs_out_later_gives_up_waiting_first(
     plain = trainer.training_step
 
     def short(*args: Any, **kw: Any) -> Any:
-        state = work_of(trainer.model.get_base_model())
-        assert state is not None
+        state = fast_work(trainer.model)
         if not failed:
             failed.append(state.moved)
             last = state.layers[-1]
@@ -314,6 +314,6 @@ def test_memory_that_runs_out_later_gives_up_waiting_first(
 
     monkeypatch.setattr(trainer, "training_step", short)
     losses, _ = _run(trainer)
-    state = work_of(trainer.model.get_base_model())
-    assert state is not None and failed[0] > 0 and (state.recomputed, state.moved) == (3, 0)
+    state = fast_work(trainer.model)
+    assert failed[0] > 0 and (state.recomputed, state.moved) == (3, 0)
     assert "3 of 5 layers are recomputed" in trainer.memory.changes[0] and len(losses) == 2

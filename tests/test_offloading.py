@@ -25,10 +25,10 @@ from lora_dpo.config import LoraConfig
 from lora_dpo.data import collate_pairs, flat_pairs
 from lora_dpo.engine import choose_engine
 from lora_dpo.forward import both_logps
-from lora_dpo.layers import decoder_layers, offloading, work, work_of
+from lora_dpo.layers import decoder_layers, offloading, work
 from lora_dpo.planning.imagined import Ledger
 from lora_dpo.policy import load_policy
-from tests.helpers import move_adapter
+from tests.helpers import fast_work, move_adapter
 from tests.test_engine import ROWS, SHAPES, _gradient, _model
 
 LAYERS = 4
@@ -110,12 +110,6 @@ def _policy(kind: str = "llama", **lora: Any) -> PeftModel:
     return policy
 
 
-def _work(policy: PeftModel) -> Any:
-    found = work_of(policy.get_base_model())
-    assert found is not None and len(decoder_layers(policy.get_base_model())) == LAYERS
-    return found
-
-
 WAYS = [  # layers that are recomputed, those whose inputs wait, those that wait whole
     (0, False, LAYERS), (0, False, 1), (1, False, 2), (2, True, 1), (LAYERS, True, 0), (1, True, 3),
 ]  # fmt: skip
@@ -127,7 +121,7 @@ def test_layers_that_wait_elsewhere_change_no_bit(
     link: Queue, recomputed: int, offloaded: bool, moved: int, flat: bool
 ) -> None:
     policy = _policy()
-    state = _work(policy)
+    state = fast_work(policy)
     if not flat:
         policy.get_base_model().config._attn_implementation = "sdpa"
     batch: Any = flat_pairs(ROWS) if flat else collate_pairs(ROWS, pad_id=0)
@@ -146,7 +140,7 @@ def test_layers_that_wait_elsewhere_change_no_bit(
 @pytest.mark.parametrize("kind", SHAPES)
 def test_every_kind_of_model_gives_the_same_bits(link: Queue, kind: str) -> None:
     policy = _policy(kind)
-    state, found = _work(policy), []
+    state, found = fast_work(policy), []
     flat = policy.get_base_model().config._attn_implementation != "sdpa" and kind != "gemma2"
     batch: Any = flat_pairs(ROWS) if flat else collate_pairs(ROWS, pad_id=0)
     for moved in (0, LAYERS - 1):
@@ -160,7 +154,7 @@ def test_several_batches_before_a_backward_pass_and_three_passes_through_one_gra
     link: Queue,
 ) -> None:
     policy = _policy()
-    state = _work(policy)
+    state = fast_work(policy)
     batches = [flat_pairs(ROWS[:2]), flat_pairs(ROWS[2:])]
     found = []
     for moved in (0, LAYERS):
@@ -179,7 +173,7 @@ def test_several_batches_before_a_backward_pass_and_three_passes_through_one_gra
 
 def test_dropout_and_what_else_is_left_to_the_library_waits_too(link: Queue) -> None:
     policy = _policy(dropout=0.3)
-    state, found = _work(policy), []
+    state, found = fast_work(policy), []
     for moved in (0, LAYERS):
         state.recomputed, state.moved = 0, moved
         torch.manual_seed(3)
@@ -200,7 +194,7 @@ def test_no_weight_is_sent_and_nothing_that_stands_elsewhere(link: Queue, lora: 
     model = _model("llama", num_hidden_layers=LAYERS)
     policy = load_policy(model, lora=lora, quantisation="none").train()
     choose_engine(policy, ROWS, 9, "auto", chunk=64)
-    state = _work(policy)
+    state = fast_work(policy)
     state.recomputed, state.moved = 0, LAYERS
     _gradient(policy, both_logps(policy, flat_pairs(ROWS), chunk=64)[0])
     weights = {tensor.data_ptr() for tensor in [*policy.parameters(), *policy.buffers()]}
@@ -230,7 +224,7 @@ def test_what_is_changed_in_place_between_two_saves_crosses_as_both(link: Queue)
 
 def test_two_layers_at_most_are_on_the_device_however_many_wait(link: Queue) -> None:
     policy = _policy()
-    state = _work(policy)
+    state = fast_work(policy)
     batch = flat_pairs(ROWS * 4)
 
     def peak(moved: int) -> tuple[int, int]:
@@ -311,7 +305,7 @@ def test_a_step_that_fails_on_its_way_leaves_nothing_for_the_next(
     tiny_model: Path, link: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = _policy()
-    state = _work(policy)
+    state = fast_work(policy)
     state.recomputed, state.moved = 0, LAYERS
     batch = flat_pairs(ROWS)
     expected = _gradient(policy, both_logps(policy, batch, chunk=64)[0])

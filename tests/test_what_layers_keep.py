@@ -20,13 +20,13 @@ from lora_dpo.config import LoraConfig
 from lora_dpo.data import flat_pairs
 from lora_dpo.engine import choose_engine
 from lora_dpo.forward import both_logps
-from lora_dpo.layers import attention, decoder_layers, mlp, norm, work_of
+from lora_dpo.layers import attention, decoder_layers, mlp, norm
 from lora_dpo.layers.work import Work
 from lora_dpo.planning import Setting
 from lora_dpo.planning.imagined import Ledger
 from lora_dpo.planning.measuring import measure
 from lora_dpo.policy import load_policy, peft_config
-from tests.helpers import move_adapter
+from tests.helpers import fast_work, move_adapter
 from tests.test_engine import ROWS, _gradient, _model, _one_at_a_time
 
 LLAMA = LlamaConfig(
@@ -142,7 +142,7 @@ def test_norms_that_are_trained_hooked_or_torchs_own_are_left_alone(policy: Peft
     )
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
     layers = len(decoder_layers(policy.get_base_model()))
-    taken = [m for m in _work(policy).taken if type(m).__name__.endswith("Norm")]
+    taken = [m for m in fast_work(policy).taken if type(m).__name__.endswith("Norm")]
     assert len(taken) == 2 * layers + 1  # the last one stands behind the layers
 
 
@@ -161,12 +161,6 @@ def test_a_norm_of_all_heads_at_once_costs_a_model_none_of_its_fast_layers() -> 
 # ---- the MLP in tiles ------------------------------------------------------------------------
 
 
-def _work(policy: PeftModel) -> Any:
-    work = work_of(policy.get_base_model())
-    assert work is not None
-    return work
-
-
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("keeps_weights", [True, False])
 def test_tiles_of_an_mlp_change_no_number_and_make_no_weight_plain_again(
@@ -176,7 +170,7 @@ def test_tiles_of_an_mlp_change_no_number_and_make_no_weight_plain_again(
     gradient = _gradient(policy, expected)
     batch = flat_pairs(ROWS)
     choose_engine(policy, ROWS, 9, "fast", chunk=5)
-    work = _work(policy)
+    work = fast_work(policy)
     work.recomputed, work.keeps_weights = recomputed, keeps_weights
     made = []
     for size in (2048, 3):
@@ -223,7 +217,7 @@ def test_in_a_recomputed_layer_nothing_as_wide_as_the_mlp_is_longer_than_a_tile(
     move_adapter(policy)
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
     monkeypatch.setattr(mlp, "_ROWS", 7)
-    work, layers = _work(policy), len(decoder_layers(policy.get_base_model()))
+    work, layers = fast_work(policy), len(decoder_layers(policy.get_base_model()))
     batch = flat_pairs(ROWS * 2)
     weights = 64  # a factor or a weight has as many rows as the model is wide
     seen = {}
@@ -246,7 +240,7 @@ def test_heads_share_keys_and_values_without_a_copy_for_each_and_change_no_numbe
     text = policy.get_base_model().config
     assert text.num_attention_heads > text.num_key_value_heads
     choose_engine(policy, ROWS, 9, "fast", chunk=64)
-    _work(policy).recomputed = 0
+    fast_work(policy).recomputed = 0
     batch, found, kept = flat_pairs(ROWS), [], []
     for groups in (True, False):
         if not groups:
