@@ -19,6 +19,7 @@ from lora_dpo.engine import is_flat, largest_difference, recompute_layers
 from lora_dpo.errors import TrainingError
 from lora_dpo.heads import causal_lm
 from lora_dpo.layers import decoder_layers, work_of
+from lora_dpo.layers.offloading import has_link
 from lora_dpo.planning import (
     Batches,
     Lengths,
@@ -39,18 +40,6 @@ from lora_dpo.stats import AnyStats
 from lora_dpo.stepping import batch_tokens
 
 logger = logging.getLogger("lora_dpo")
-
-
-def has_link(device: torch.device) -> bool:
-    """Whether the memory of the CPU is another one than the device's."""
-    return device.type == "cuda"
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
 
 Row = Mapping[str, Any]
 Result = TypeVar("Result")
@@ -207,10 +196,10 @@ class Memory:
         for _ in range(3):
             self.model.zero_grad(set_to_none=True)
             restore_random(random)
-            synchronise(self.device)
+            _synchronise(self.device)
             start = time.perf_counter()
             attempt()
-            synchronise(self.device)
+            _synchronise(self.device)
             found.append(time.perf_counter() - start)
         gradients = [p.grad.cpu() for p in self.model.parameters() if p.grad is not None]
         return min(found[1:]), gradients
@@ -320,3 +309,9 @@ class Memory:
             )
         lines = [f"{text} What takes less, the cheapest first:", *map(str, plan.remedies[:3])]
         return "\n".join([*lines, plan.together] if plan.together else lines)
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 SMALL = 2**20  # bytes below which a tensor stays: it takes longer to begin a copy than to hold it
 PIECE = 2**23  # bytes of pinned memory
 
-
 Key = tuple[int, int]  # a storage, and how often it was changed in place
 
 
@@ -109,15 +108,20 @@ class NoLink:
         """See ``Link``."""
 
 
+def has_link(device: torch.device) -> bool:
+    """Whether the memory of the CPU is another one than the device's."""
+    return device.type == "cuda"
+
+
 @lru_cache
 def link_of(device: torch.device) -> Link:
     """Return the way between a device and the memory of the CPU."""
-    return CardLink(device) if device.type == "cuda" else NoLink()
+    return CardLink(device) if has_link(device) else NoLink()
 
 
 def release(device: torch.device) -> None:
     """Give the pinned memory of a device's link, of which nothing is in use, back to the machine."""
-    if device.type != "cuda":
+    if not has_link(device):
         return
     link: Any = link_of(device)
     link.free.clear()
