@@ -14,6 +14,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,6 +84,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture
+def policy(tiny_model: Path) -> PeftModel:
+    """Return a policy of the small model, off its reference."""
+    from lora_dpo.policy import load_policy
+    from tests.helpers import move_adapter
+
+    found = load_policy(tiny_model)
+    move_adapter(found)
+    return found.eval()
 
 
 @pytest.fixture(scope="session")

@@ -35,13 +35,6 @@ LONG = [
 ]
 
 
-@pytest.fixture
-def policy(tiny_model: Path) -> PeftModel:
-    policy = load_policy(tiny_model)
-    move_adapter(policy)
-    return policy.eval()
-
-
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("keeps_weights", [True, False])
 @pytest.mark.parametrize("offloaded", [True, False])

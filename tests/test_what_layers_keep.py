@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,13 +39,6 @@ PAIR = [
         "rejected_ids": list(range(2000, 2512)),
     }
 ]
-
-
-@pytest.fixture
-def policy(tiny_model: Path) -> PeftModel:
-    policy = load_policy(tiny_model)
-    move_adapter(policy)
-    return policy.eval()
 
 
 # ---- norms -----------------------------------------------------------------------------------

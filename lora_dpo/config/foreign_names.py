@@ -243,12 +243,7 @@ TRAIN: tuple[Row, ...] = (
     ("random_state", "U", "train.seed", ""),
     ("use_gradient_checkpointing", "U", "train.gradient_checkpointing", "as few layers as fit"),
     ("disable_gradient_checkpointing", "L", "train.gradient_checkpointing", "false"),
-    (
-        "activation_offloading",
-        "T",
-        "train.activation_offloading",
-        "where that is timed to be faster",
-    ),
+    ("activation_offloading", "T", "train.activation_offloading", "where that is faster"),
     ("gpu_memory_limit", "A", "train.memory_budget_gib", ""),
     ("use_liger_loss", "T", "", "logits are always built a chunk at a time (train.chunk_tokens)"),
     ("use_logits_to_keep", "T", "", "logits are built for answers alone (train.chunk_tokens)"),
