@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dpo.data import Tokenised
+from lora_dpo.data import Tokenised, sent
 from lora_dpo.engine import collate
 from lora_dpo.errors import TrainingError
 from lora_dpo.forward import completion_logps
@@ -134,7 +134,7 @@ def known_reference(rows: Sequence[Mapping[str, Any]], device: Any) -> Tensor | 
     for columns in COLUMNS.values():
         if all(name in row for row in rows for name in columns):
             values = [row[name] for name in columns for row in rows]
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return sent(torch.tensor(values, dtype=torch.float32), device)
     return None
 
 

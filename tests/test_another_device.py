@@ -130,3 +130,30 @@ def test_a_tensor_of_the_cpu_among_them_would_be_noticed() -> None:
         both_logps(policy, batch, chunk=2)
     with pytest.raises(RuntimeError, match="no data"):
         pair_stats(policy, batch.to(CARD), needs={READ_BACK}, chunk=2)
+
+
+@pytest.mark.parametrize(
+    "batch", [lay_out(PAIRS, flat=True), lay_out(PAIRS, flat=False), lay_out(LABELLED, flat=True)]
+)
+def test_a_batch_is_sent_to_a_card_from_pinned_memory_without_waiting(
+    batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a torch without CUDA can show: which copies it would be asked for."""
+    pinned: list[torch.Tensor] = []
+    sent: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def to(tensor: torch.Tensor, device: Any, *, non_blocking: bool = False) -> torch.Tensor:
+        assert device == "cuda" and non_blocking and tensor is pinned[-1]
+        sent.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    there = batch.to("cuda")
+    parts = [b for b in (there, getattr(there, "mismatched", None)) if b is not None]
+    tensors = [v for part in parts for v in vars(part).values() if isinstance(v, torch.Tensor)]
+    assert {id(value) for value in tensors} == {id(value) for value in sent}

@@ -16,6 +16,7 @@ from lora_dpo.forward import both_logps
 from lora_dpo.layers import attention, norm
 from lora_dpo.planning import Setting, measure
 from lora_dpo.policy import load_policy, peft_config
+from lora_dpo.reference_cache import known_reference
 from tests.helpers import move_adapter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -84,6 +85,28 @@ def test_what_is_recomputed_or_waits_elsewhere_gives_the_same_again_and_again(
         found, others = _step(policy, LONG)
         assert torch.equal(found, expected)
         assert largest_difference(others, gradients) < 0.02
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize(("recomputed", "moved"), [(6, 0), (0, 0), (0, 6)])
+def test_a_micro_batch_is_queued_without_waiting_for_the_card(
+    recomputed: int, moved: int, quantisation: str
+) -> None:
+    """So that the next one is packed and queued while the card works; a step waits at its end."""
+    policy = _policy(torch.bfloat16, quantisation=quantisation)
+    recompute_layers(policy, recomputed, moved=moved)
+    _step(policy, LONG)
+    rows = [
+        {**row, "reference_chosen_logps": -9.0, "reference_rejected_logps": -8.0} for row in LONG
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch, fixed = lay_out(rows, flat=True).to(CARD), known_reference(rows, CARD)
+        assert fixed is not None
+        ours, theirs = both_logps(policy, batch, chunk=256)
+        ((ours - theirs) * fixed).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_heads_share_keys_where_a_kernel_can_and_are_copied_elsewhere(

@@ -9,6 +9,7 @@ from lora_dpo.data.collating import (
     flat_labelled,
     flat_pairs,
     flat_tokens,
+    sent,
 )
 from lora_dpo.data.lengths import Lengths, Summary
 from lora_dpo.data.loading import load_preferences
@@ -41,6 +42,7 @@ __all__ = [
     "label_counts",
     "load_preferences",
     "require_scores",
+    "sent",
     "tokenise",
     "with_mismatched",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lora_dpo.data.records import Origin
@@ -34,7 +35,7 @@ class PairBatch:
 
     def to(self, device: Any) -> PairBatch:
         """Return the batch on a device."""
-        return _moved(self, lambda tensor: tensor.to(device))
+        return _moved(self, partial(sent, device=device))
 
     def pin_memory(self) -> PairBatch:
         """Return the batch in pinned memory (torch's DataLoader calls this)."""
@@ -60,7 +61,7 @@ class LabelledBatch:
 
     def to(self, device: Any) -> LabelledBatch:
         """Return the batch on a device."""
-        return _moved(self, lambda tensor: tensor.to(device))
+        return _moved(self, partial(sent, device=device))
 
     def pin_memory(self) -> LabelledBatch:
         """Return the batch in pinned memory (torch's DataLoader calls this)."""
@@ -94,7 +95,7 @@ class FlatBatch:
 
     def to(self, device: Any) -> FlatBatch:
         """Return the batch on a device."""
-        return _moved(self, lambda tensor: tensor.to(device))
+        return _moved(self, partial(sent, device=device))
 
 
 def flat_pairs(rows: Sequence[Mapping[str, Any]]) -> FlatBatch:
@@ -272,6 +273,15 @@ def _scores(rows: Sequence[Mapping[str, Any]], side: str) -> torch.Tensor | None
 
     values = [row.get(f"{side}_score") for row in rows]
     return None if None in values else torch.tensor(values, dtype=torch.float32)
+
+
+def sent(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    """Return a tensor on a device; a card is not waited for, which may be busy with what came before."""
+    import torch
+
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # the next copy is queued behind it
 
 
 def _moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
