@@ -18,12 +18,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from lora_dpo.config import LoraConfig
 from lora_dpo.data import flat_pairs
 from lora_dpo.engine import choose_engine
-from lora_dpo.forward import both_logps
+from lora_dpo.forward import both_logps, completion_logps
 from lora_dpo.layers import attention, decoder_layers, mlp, norm
 from lora_dpo.layers.work import Work
 from lora_dpo.planning import Setting
 from lora_dpo.planning.imagined import Ledger
 from lora_dpo.planning.measuring import measure
+from lora_dpo.planning.operations import Shape, plain_bytes, weights_at_work
 from lora_dpo.policy import load_policy, peft_config
 from tests.helpers import fast_work, move_adapter
 from tests.test_engine import ROWS, _gradient, _model, _one_at_a_time
@@ -179,6 +180,42 @@ def test_tiles_of_an_mlp_change_no_number_and_make_no_weight_plain_again(
         assert made[0] == made[1]
     else:  # for each of the larger tiles
         assert all(made[0][part] <= made[1][part] for part in made[0])
+
+
+@pytest.mark.parametrize("skips_last", [True, False])
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+@pytest.mark.parametrize("keeps_weights", [True, False])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_the_planner_counts_what_is_made_plain_to_the_weight(
+    with_reference: bool,
+    keeps_weights: bool,
+    recomputed: int,
+    skips_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = load_policy(_model("llama"), lora=LoraConfig(rank=2), quantisation="none").train()
+    move_adapter(policy)
+    causal, batch = policy.get_base_model(), flat_pairs(ROWS)
+    layers = len(decoder_layers(causal))
+    assert layers == 2
+    shape = Shape.of(causal.config, **weights_at_work(policy))
+    choose_engine(policy, ROWS, 9, "fast", chunk=64)
+    work = fast_work(policy)
+    work.recomputed, work.keeps_weights, work.skips_last = recomputed, keeps_weights, skips_last
+    tokens = batch.input_ids.shape[1]
+    for size in (2048, 5):  # as many rows, and half of them where no weight waits
+        monkeypatch.setattr(mlp, "_ROWS", size)
+        work.dequantised.clear()
+        if with_reference:
+            ours, theirs = both_logps(policy, batch, chunk=64)
+            (ours - theirs).sum().backward()
+        else:
+            completion_logps(policy, batch, chunk=64).sum().backward()
+        made = sum(count * linear.weight.numel() for linear, count in work.dequantised.items())
+        how: Any = {"reference": with_reference, "again": recomputed / layers, "fast": True}
+        how |= {"keeps_weights": keeps_weights, "skips_last": skips_last, "tokens": tokens}
+        expected = plain_bytes(shape, size=2, double=True, **how) / 2.515625
+        assert made == pytest.approx(expected)
 
 
 class _Wide(TorchDispatchMode):

@@ -14,7 +14,7 @@ from lora_dpo.layers.linear import Part, obstacle, part_of
 from lora_dpo.layers.work import Work
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-_ROWS = 2048  # tokens of a tile: enough for matrix products at their full rate
+_ROWS = 2048  # tokens of a tile where weights wait: enough for products at their full rate
 _FEW = 512  # tokens whose activation is differentiated at one time
 
 Activation = Callable[[Tensor], Tensor]
@@ -93,14 +93,16 @@ def _backward(
     return found, [raising.backward(of_up, into=gating.backward(of_gate))]
 
 
+def tile(*, keeps_weights: bool) -> int:
+    """Return the tokens of a tile: more where weights may not wait, and are made plain for each."""
+    return _ROWS if keeps_weights else 2 * _ROWS
+
+
 @contextmanager
 def _tiles(flat: Tensor, parts: Parts) -> Iterator[list[slice]]:
-    """Cut tokens into tiles; where there are several, plain weights wait for the next one.
-
-    Where weights may not wait they are made plain for each tile, of which there are half as many.
-    """
+    """Cut tokens into tiles; where there are several, plain weights wait for the next one if they may."""
     work = parts[0].work
-    rows = _ROWS if work.keeps_weights else 2 * _ROWS
+    rows = tile(keeps_weights=work.keeps_weights)
     tiles = [slice(start, start + rows) for start in range(0, max(len(flat), 1), rows)]
     with work.keeping_weights() if len(tiles) > 1 else nullcontext():
         yield tiles

@@ -7,6 +7,7 @@ backward pass takes two and a half times its forward pass, as in kernels that ke
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_dpo.data import flat_tokens
-from lora_dpo.layers.mlp import is_gated
+from lora_dpo.layers.mlp import is_gated, tile
 from lora_dpo.stepping import Batches, answers_of, batch_tokens, laid_tokens, row_length
 
 Row = Mapping[str, Any]
@@ -176,6 +177,7 @@ def plain_bytes(
     fast: bool,
     keeps_weights: bool,
     skips_last: bool,
+    tokens: float = 1.0,
 ) -> float:
     """Return the bytes that a micro-batch moves to make weights in 4 bits plain: read once, written once.
 
@@ -188,12 +190,17 @@ def plain_bytes(
         fast: whether the layers are ours: policy and reference share what they make plain, and so do
             a recomputation and the backward pass behind it, where ``keeps_weights``.
         keeps_weights, skips_last: see ``layers.Work``.
+        tokens: of the micro-batch; where no weight is kept, MLPs make theirs plain for each tile.
     """
     left_out = shape.last / shape.linears if fast and skips_last and shape.linears else 0.0
     shares = fast and keeps_weights
     forward = 1 if shares or not reference else 2
     backward = 1 + (0.0 if shares else again * (1 - left_out))
-    weights = shape.linears * (forward + backward) - shape.first
+    spared = 0 if shares and again else shape.first  # a recomputation has made them plain
+    weights = shape.linears * (forward + backward) - spared
+    if fast and not keeps_weights:  # what is kept of gate and up was made in one piece
+        a_tile = 4 + again * (4 if skips_last else 3) + (3 if reference else 0)
+        weights += (math.ceil(tokens / tile(keeps_weights=False)) - 1) * a_tile * shape.last
     return weights * (0.5 + (1 / 64 if double else 4 / 64) + size)
 
 

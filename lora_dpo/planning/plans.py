@@ -346,6 +346,7 @@ def seconds_floor(plan: Plan) -> float | None:
             fast=setting.fast,
             keeps_weights=setting.keeps_weights,
             skips_last=setting.skips_last,
+            tokens=plan.step.count / plan.pieces,
         )
     computed = plan.operations / (card.tflops * 1e12) + moved / (card.gb_per_s * 1e9)
     sent = plan.bytes.sent(plan.recomputed, plan.moved) * plan.step.count / max(plan.widest, 1)
