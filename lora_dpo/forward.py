@@ -7,7 +7,6 @@ a completion token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from lora_dpo.logprobs import (
     token_values,
 )
 from lora_dpo.policy import reference
-from lora_dpo.positions import check_positions, longest_of_its_own
+from lora_dpo.positions import check_positions, counted_positions, longest_of_its_own
 from lora_dpo.stats import UNKEPT, LabelledStats, PairStats
 
 
@@ -269,7 +268,7 @@ def _layout(model: nn.Module, batch: Batch | FlatBatch) -> dict[str, Any]:
             SEGMENTS: batch.segments,
         }
     mask = batch.attention_mask
-    return {"attention_mask": mask, **_positions(model, mask)}
+    return {"attention_mask": mask, **counted_positions(causal_lm(model), mask)}
 
 
 def _sums(
@@ -339,10 +338,3 @@ def completion_lengths(batch: Batch | FlatBatch) -> Tensor:
     if isinstance(batch, FlatBatch):
         return batch.lengths
     return batch.completion_mask[:, 1:].sum(dim=1)
-
-
-def _positions(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Count positions from each row's first token, whatever the padding side."""
-    if "position_ids" not in inspect.signature(causal_lm(model).forward).parameters:
-        return {}
-    return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_dpo.errors import ModelError
 from lora_dpo.logprobs import Head
+from lora_dpo.positions import counted_positions
 
 IN_FLOAT32 = "_lora_dpo_float32"  # on a model that ``float32_compute`` has made so
 
@@ -58,11 +60,12 @@ def compute_context(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Prove on eight tokens that the swapped head is the model's own, and that no token looks ahead.
+    """Prove on eight tokens that the swapped head is the model's own and that rows stand for themselves.
 
     Raises:
-        ModelError: the model does something to its logits that we do not know, is not causal, or gives
-            no numbers, so that every log-prob would be wrong.
+        ModelError: the model does something to its logits that we do not know, is not causal, lets
+            padding or the row beside it into a row, or gives no numbers, so that every log-prob would
+            be wrong.
     """
     causal = causal_lm(model)
     embeddings = causal.get_input_embeddings()
@@ -74,6 +77,7 @@ def check_head(model: nn.Module) -> None:
         ours, dense = _logits_by_own_head(model, ids), _dense_logits(model, ids)
         ids[0, -1] += 1
         ahead = _dense_logits(model, ids)
+        beside = _padded_logits(model, ids)
     model.train(was_training)
     if bool(dense.isnan().any()):
         raise ModelError(
@@ -87,11 +91,16 @@ def check_head(model: nn.Module) -> None:
             f"(they differ by {(ours - dense).abs().max():.3g}); this model is not supported."
         )
     exact = not torch.is_autocast_enabled() and base_dtype(model) == torch.float32
-    if not torch.allclose(
-        ahead[:, :-1], dense[:, :-1], rtol=0, atol=(1e-5 if exact else 1e-2) * scale
-    ):
+    close = partial(torch.allclose, rtol=0, atol=(1e-5 if exact else 1e-2) * scale)
+    if not close(ahead[:, :-1], dense[:, :-1]):
         raise ModelError(
             f"{type(causal).__name__}: a token changes the logits before it, so this is no causal model."
+        )
+    if not close(beside, dense[:, : beside.shape[1]]):
+        raise ModelError(
+            f"{type(causal).__name__}: the logits of a row are others beside a longer row than alone, so "
+            "padding reaches them, or its positions do not count from 0 (RoBERTa's do not); this model is "
+            "not supported."
         )
 
 
@@ -112,6 +121,18 @@ def _dense_logits(model: nn.Module, ids: Tensor) -> Tensor:
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
     ).logits
     return logits.float()
+
+
+def _padded_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the logits of the first half of a row, which runs padded beside the whole of it."""
+    half = max(1, ids.shape[1] // 2)
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[1, half:] = 0
+    positions = counted_positions(causal_lm(model), mask)
+    logits: Tensor = model(
+        input_ids=ids * mask, attention_mask=mask, use_cache=False, **positions
+    ).logits
+    return logits[1:, :half].float()
 
 
 @contextmanager
@@ -140,8 +161,11 @@ def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
     if cap:
         return lambda logits: torch.tanh(logits / cap) * cap
-    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    if factor == divisor == 1.0:
-        return lambda logits: logits
-    return lambda logits: logits * (factor / divisor)
+    factor = (getattr(config, "logits_scaling", None) or 1.0) ** _SCALING.get(config.model_type, -1)
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        factor *= getattr(config, name, None) or 1.0
+    return (lambda logits: logits) if factor == 1.0 else (lambda logits: logits * factor)
+
+
+# The power of ``logits_scaling`` in the logits: MiniCPM3 scales its states before the head.
+_SCALING = {"hyperclovax": 1, "minicpm3": 0}

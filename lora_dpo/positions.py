@@ -1,14 +1,18 @@
-"""Rotary positions whose frequencies follow the longest row of a batch: up to which length they do not.
+"""Where the tokens of a row stand, whatever rows are beside it.
 
-Two kinds of transformers look at the largest position of a whole batch. ``longrope`` takes other
-frequencies for every row of it as soon as one is longer than what the model was first trained on;
-``dynamic`` grows its frequencies with it, and keeps them until a shorter batch than that comes by. Beyond
-that length a row has no log-prob of its own: it depends on what shares its batch, or ran before it.
+Two kinds of rotary positions have frequencies that follow the longest row of a batch: transformers look at
+its largest position. ``longrope`` takes other frequencies for every row of it as soon as one is longer than
+what the model was first trained on; ``dynamic`` grows its frequencies with it, and keeps them until a
+shorter batch than that comes by. Beyond that length a row has no log-prob of its own: it depends on what
+shares its batch, or ran before it.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from torch import Tensor, nn
 
 from lora_dpo.errors import ConfigError
 
@@ -53,6 +57,13 @@ def longest_of_its_own(config: Any) -> tuple[str, int] | None:
             # a batch of exactly that many does not put back what a longer one has grown
             found.append((kind, int(text.max_position_embeddings) - 1))
     return min(found, key=lambda pair: pair[1]) if found else None
+
+
+def counted_positions(causal: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Return positions counted from each row's first token, ``[rows, time]``, for a model that takes them."""
+    if "position_ids" not in inspect.signature(causal.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 _FIRST = "original_max_position_embeddings"

@@ -17,7 +17,7 @@ FLOORS = {
     "objectives": 1, "logprobs": 1, "before_and_after": 2, "metrics": 2, "describe": 2, "testing": 2,
     "config": 2, "arguments": 2,
     "data": 3, "policy": 3,
-    "layers": 4, "heads": 4, "positions": 4, "float32": 5, "forward": 5, "sharding": 5, "prompt_tokens": 5,
+    "layers": 4, "heads": 4, "positions": 3, "float32": 5, "forward": 5, "sharding": 5, "prompt_tokens": 5,
     "callbacks": 6, "card": 6, "checkpoints": 6, "checkup": 6, "diagnostics": 6, "drafting": 6, "engine": 6,
     "ends": 6, "finished": 6, "evaluation": 6, "exporting": 6, "finetuning": 6, "generation": 6, "handing": 6,
     "inspecting": 6, "preparing": 6, "smoking": 6,

@@ -117,6 +117,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16, "query_pre_attn_scalar": 16},
     "cohere": {"logit_scale": 0.0625},
     "granite": {"logits_scaling": 8.0},
+    "hyperclovax": {"logits_scaling": 0.125},
+    "minicpm3": {
+        "dim_model_base": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+    "falcon_h1": {
+        "lm_head_multiplier": 0.25,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+    },
     "qwen2": {},
     "phi": {},  # a head with a bias
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},

@@ -17,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     TrainingArguments,
 )
 
@@ -108,6 +110,16 @@ def test_a_model_whose_tokens_look_ahead_is_refused() -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     with pytest.raises(ModelError, match="no causal model"):
+        check_head(model)
+
+
+def test_a_model_whose_positions_begin_elsewhere_than_at_0_is_refused() -> None:
+    """RoBERTa counts from behind the number of its pad token, and takes those it is given as they are."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RobertaForCausalLM(RobertaConfig(**sizes, intermediate_size=64, is_decoder=True)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(ModelError, match="others beside a longer row than alone"):
         check_head(model)
 
 
