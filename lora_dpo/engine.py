@@ -210,12 +210,19 @@ def obstacle(model: nn.Module, longest: int) -> str:
         return f"attention is {attention!r}, the flat layout needs sdpa"
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "it takes no position_ids"
+    others = sorted({*(getattr(text, "layer_types", None) or ())} - _ATTENTION)
+    if others:
+        return f"its layers are not of attention alone ({', '.join(others)})"
     window = _window(text)
     if window and longest > window:
         return f"its sliding window of {window} is shorter than the longest row of {longest}"
     if getattr(text, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     return ""
+
+
+# Others carry a state from one token to the next, so from one row to the next, or pick what they see.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @dataclass(frozen=True)

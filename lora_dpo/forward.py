@@ -260,8 +260,10 @@ def _places(batch: Batch | FlatBatch) -> _Places:
 def _layout(model: nn.Module, batch: Batch | FlatBatch) -> dict[str, Any]:
     """Return what tells a model where each token stands and what it may see."""
     if isinstance(batch, FlatBatch):
-        # a mask of four dimensions is handed on as it is; our attention does not read it
+        # a mask of four dimensions is handed on as it is, where a layer keeps to itself what else it is
+        # given; our attention does not read it
         nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        setattr(nothing, SEGMENTS, batch.segments)
         return {
             "attention_mask": nothing,
             "position_ids": batch.position_ids,

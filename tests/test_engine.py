@@ -84,12 +84,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "attn_implementation": "eager"},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "minicpm3": {  # values of another size than queries and keys
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 24,
+    },
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},  # layers keep what they are given
+    "lfm2": {"num_key_value_heads": 2, "full_attn_idxs": [1]},
     "gpt_neox": {},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
-NOT_FLAT = {"gemma2": "attention is 'eager'"}  # it caps its scores, which sdpa cannot
-NOT_FAST = {  # gate and up in one matrix, or no gate; layers that are no linear ones
+NOT_FLAT = {
+    "gemma2": "attention is 'eager'",  # it caps its scores, which sdpa cannot
+    "lfm2": "its layers are not of attention alone (conv)",
+}
+NOT_FAST = {  # gate and up in one matrix, no gate, or another name; layers that are no linear ones
     "phi3": ("MLPs",),
+    "nemotron": ("MLPs",),
+    "lfm2": ("MLPs",),
     "gpt_neox": ("MLPs",),
     "gpt2": ("LoRA layers", "MLPs", "in one pass"),
 }

@@ -43,7 +43,7 @@ def flat_attention(
     Raises:
         NotImplementedError: the model asks for a soft cap, sinks, or dropout.
     """
-    segments = further.pop(SEGMENTS, None)
+    segments = further.pop(SEGMENTS, getattr(attention_mask, SEGMENTS, None))
     if segments is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **further

@@ -64,6 +64,15 @@ class Part:
         return total
 
 
+def shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return rows, ``[tokens, width]``, behind the dimensions of ``x``; no view, to autograd.
+
+    A model may change in place what a layer returns (Gemma 3n does), which autograd refuses of a view.
+    """
+    found: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return found
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor | None, up: Tensor | None, part: Part) -> Tensor:
@@ -71,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.part, ctx.dtype = part, part.dtype(x)
         ctx.save_for_backward(x)
         y = part.forward(flat.to(ctx.dtype))
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return shaped_as(x, y).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dpo.layers.linear import Part, obstacle, part_of
+from lora_dpo.layers.linear import Part, obstacle, part_of, shaped_as
 from lora_dpo.layers.work import Work
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -49,7 +49,7 @@ class _GatedMlp(torch.autograd.Function):
         else:
             y, kept = _forward(parts, activation, flat, keeps=keeps)
         ctx.save_for_backward(flat, *kept)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return shaped_as(x, y).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
