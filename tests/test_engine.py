@@ -100,8 +100,7 @@ NOT_FLAT = {
     "gemma2": "attention is 'eager'",  # it caps its scores, which sdpa cannot
     "lfm2": "its layers are not of attention alone (conv)",
 }
-NOT_FAST = {  # gate and up in one matrix, no gate, or another name; layers that are no linear ones
-    "phi3": ("MLPs",),
+NOT_FAST = {  # no gate, or another name for it; layers that are no linear ones
     "nemotron": ("MLPs",),
     "lfm2": ("MLPs",),
     "gpt_neox": ("MLPs",),

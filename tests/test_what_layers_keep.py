@@ -156,9 +156,12 @@ def test_a_norm_of_all_heads_at_once_costs_a_model_none_of_its_fast_layers() -> 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("keeps_weights", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])  # gate and up apart, or in one projection
 def test_tiles_of_an_mlp_change_no_number_and_make_no_weight_plain_again(
-    policy: PeftModel, recomputed: int, keeps_weights: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, recomputed: int, keeps_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    policy = load_policy(_model(kind), lora=LoraConfig(rank=2)).train()
+    move_adapter(policy)
     expected = _one_at_a_time(policy, ROWS)
     gradient = _gradient(policy, expected)
     batch = flat_pairs(ROWS)
@@ -186,14 +189,16 @@ def test_tiles_of_an_mlp_change_no_number_and_make_no_weight_plain_again(
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("keeps_weights", [True, False])
 @pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_the_planner_counts_what_is_made_plain_to_the_weight(
+    kind: str,
     with_reference: bool,
     keeps_weights: bool,
     recomputed: int,
     skips_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy = load_policy(_model("llama"), lora=LoraConfig(rank=2), quantisation="none").train()
+    policy = load_policy(_model(kind), lora=LoraConfig(rank=2), quantisation="none").train()
     move_adapter(policy)
     causal, batch = policy.get_base_model(), flat_pairs(ROWS)
     layers = len(decoder_layers(causal))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lora_dpo.layers.linear import Part, obstacle, part_of, shaped_as
 from lora_dpo.layers.work import Work
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
+# What makes gate and up, one projection for each or one for both, and what the activation is called.
+_GATES = ((("gate_proj", "up_proj"), "act_fn"), (("gate_up_proj",), "activation_fn"))
+_LAST = "down_proj"
 _ROWS = 2048  # tokens of a tile where weights wait: enough for products at their full rate
 _FEW = 512  # tokens whose activation is differentiated at one time
 
 Activation = Callable[[Tensor], Tensor]
-Parts = tuple[Part, Part, Part]  # gate, up, down
+Parts = Sequence[Part]  # gate, up and down, or gate with up and down
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -37,7 +39,7 @@ class _GatedMlp(torch.autograd.Function):
         keeps: bool,
         *factors: Tensor | None,
     ) -> Tensor:
-        gating, _, last = parts
+        gating, last = parts[0], parts[-1]
         ctx.parts, ctx.activation, ctx.shape, ctx.of = parts, activation, x.shape, x.dtype
         ctx.dtype = gating.dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
@@ -77,8 +79,8 @@ def _backward(
     ctx: Any, x: Tensor, kept: list[Tensor], g: Tensor
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Return the gradients of all factors, and that of the input where it is wanted, of one tile."""
-    gating, raising, last = ctx.parts
-    gate, up = kept or (gating.forward(x), raising.forward(x))
+    *makers, last = ctx.parts
+    gate, up = _made(makers, x, kept)
     kept.clear()
     active = ctx.activation(gate)
     of_last = last.gradients(active * up, g)
@@ -87,10 +89,24 @@ def _backward(
     of_gate = of_hidden.mul_(up)
     del active, up
     of_gate = _through(ctx.activation, gate, of_gate)
-    found = [*gating.gradients(x, of_gate), *raising.gradients(x, of_up), *of_last]
-    if not ctx.needs_input_grad[0]:
-        return found, []
-    return found, [raising.backward(of_up, into=gating.backward(of_gate))]
+    del gate
+    of_made = [of_gate, of_up] if len(makers) > 1 else [torch.cat([of_gate, of_up], dim=-1)]
+    del of_gate, of_up
+    found: list[Tensor | None] = []
+    of_x: Tensor | None = None
+    for part, of_part in zip(makers, of_made, strict=True):
+        found += part.gradients(x, of_part)
+        of_x = part.backward(of_part, into=of_x) if ctx.needs_input_grad[0] else None
+    return [*found, *of_last], [] if of_x is None else [of_x]
+
+
+def _made(makers: Parts, x: Tensor, kept: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Return gate, and then up, which is not made before it is asked for where it can be made alone."""
+    if len(makers) == 1:
+        yield from (kept[0] if kept else makers[0].forward(x)).chunk(2, dim=-1)
+        return
+    for place, part in enumerate(makers):
+        yield kept[place] if kept else part.forward(x)
 
 
 def tile(*, keeps_weights: bool) -> int:
@@ -112,18 +128,19 @@ def _forward(
     parts: Parts, activation: Activation, flat: Tensor, *, keeps: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the MLP's output, ``[tokens, outputs]``, and gate and up where they are kept."""
-    gating, raising, last = parts
-    kept = [gating.forward(flat), raising.forward(flat)] if keeps else []
+    *makers, last = parts
+    kept = [part.forward(flat) for part in makers] if keeps else []
     found = []
     with _tiles(flat, parts) as tiles:
         for rows in tiles:
-            gate = kept[0][rows] if keeps else gating.forward(flat[rows])
+            made = _made(makers, flat[rows], [value[rows] for value in kept])
+            gate = next(made)
             active = activation(gate)
             owned = active is not gate
             del gate
-            up = kept[1][rows] if keeps else raising.forward(flat[rows])
+            up = next(made)
             active = active.mul_(up) if owned else active * up
-            del up
+            del up, made
             found.append(last.forward(active))
             del active
     return torch.cat(found) if len(found) > 1 else found[0], kept
@@ -151,22 +168,29 @@ def gated_mlp(module: Any, work: Work, original: Any, x: Tensor) -> Tensor:
     if not work.running:
         out: Tensor = original(x)
         return out
-    gating, raising, last = (part_of(getattr(module, name), work) for name in NAMES)
-    factors = (gating.down, gating.up, raising.down, raising.up, last.down, last.up)
+    makers, activation = next(found for found in _GATES if hasattr(module, found[0][0]))
+    parts = [part_of(getattr(module, name), work) for name in (*makers, _LAST)]
+    factors = [factor for part in parts for factor in (part.down, part.up)]
     keeps = torch.is_grad_enabled()  # inside of a function it never is
-    y: Tensor = _GatedMlp.apply(x, module.act_fn, (gating, raising, last), keeps, *factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedMlp.apply(x, getattr(module, activation), parts, keeps, *factors)  # type: ignore[no-untyped-call]
     return y
 
 
 def is_gated(module: nn.Module) -> bool:
     """Whether a module is ``down(act(gate(x)) * up(x))`` on layers that we can run."""
-    parts = [getattr(module, name, None) for name in NAMES]
+    return any(_runs(module, (*makers, _LAST), activation) for makers, activation in _GATES)
+
+
+def _runs(module: nn.Module, names: Sequence[str], activation: str) -> bool:
+    parts = [getattr(module, name, None) for name in names]
     if any(part is None or obstacle(part) for part in parts):
         return False
     children = {name for name, _ in module.named_children()}
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return (
-        callable(getattr(module, "act_fn", None)) and not hooked and children <= {*NAMES, "act_fn"}
+        callable(getattr(module, activation, None))
+        and not hooked
+        and children <= {*names, activation}
     )
 
 
