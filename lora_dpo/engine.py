@@ -177,7 +177,7 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
     if way.flat:
         config._attn_implementation = NAME
     elif config._attn_implementation == NAME:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = _without_segments(config)
     if not way.layers:
         release(causal)
         return None
@@ -206,8 +206,8 @@ def obstacle(model: nn.Module, longest: int) -> str:
     causal = causal_lm(model)
     text = causal.config.get_text_config()
     attention = str(causal.config._attn_implementation)
-    if attention not in ("sdpa", NAME):
-        return f"attention is {attention!r}, the flat layout needs sdpa"
+    if attention not in (_without_segments(text), NAME):
+        return f"attention is {attention!r}, the flat layout needs {_without_segments(text)}"
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "it takes no position_ids"
     others = sorted({*(getattr(text, "layer_types", None) or ())} - _ATTENTION)
@@ -216,13 +216,17 @@ def obstacle(model: nn.Module, longest: int) -> str:
     window = _window(text)
     if window and longest > window:
         return f"its sliding window of {window} is shorter than the longest row of {longest}"
-    if getattr(text, "attn_logit_softcapping", None):
-        return "it caps its attention scores"
     return ""
 
 
 # Others carry a state from one token to the next, so from one row to the next, or pick what they see.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def _without_segments(config: Any) -> str:
+    """Return the attention of the library's whose place ours takes: sdpa does not cap scores (Gemma 2)."""
+    text = config.get_text_config()
+    return "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,7 @@ class _Proof:
         causal = causal_lm(self.model)
         before, work = causal.config._attn_implementation, work_of(causal)
         if before == NAME:
-            causal.config._attn_implementation = "sdpa"
+            causal.config._attn_implementation = _without_segments(causal.config)
         try:
             with nullcontext() if work is None else work.turned(off=True):
                 return self._measured(bounds, flat=False)

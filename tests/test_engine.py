@@ -81,7 +81,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "gemma": {"num_key_value_heads": 2, "head_dim": 16},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "attn_implementation": "eager"},
+    "gemma2": {  # it caps its scores, which sdpa cannot
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attn_implementation": "eager",
+        "attn_logit_softcapping": 1.0,
+    },
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "minicpm3": {  # values of another size than queries and keys
@@ -96,10 +101,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
-NOT_FLAT = {
-    "gemma2": "attention is 'eager'",  # it caps its scores, which sdpa cannot
-    "lfm2": "its layers are not of attention alone (conv)",
-}
+NOT_FLAT = {"lfm2": "its layers are not of attention alone (conv)"}
 NOT_FAST = {  # no gate, or another name for it; layers that are no linear ones
     "nemotron": ("MLPs",),
     "lfm2": ("MLPs",),

@@ -6,7 +6,7 @@ library's own scaled dot-product attention, so generation and padded batches run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lora_dpo.layers.capped import capped_attention
+
 NAME = "lora_dpo_flat"
 SEGMENTS = "lora_dpo_segments"
 # What some models ask of their attention beyond scaled dot products; ours does none of it.
-_UNKNOWN = ("softcap", "s_aux", "sinks")
+_UNKNOWN = ("s_aux", "sinks")
 
 Segments = Sequence[tuple[int, Sequence[int]]]
 
@@ -41,38 +43,60 @@ def flat_attention(
     each further branch sees the shared tokens and itself.
 
     Raises:
-        NotImplementedError: the model asks for a soft cap, sinks, or dropout.
+        NotImplementedError: the model asks for sinks or dropout.
     """
     segments = further.pop(SEGMENTS, getattr(attention_mask, SEGMENTS, None))
-    if segments is None:
+    cap = float(further.get("softcap") or 0.0)
+    if segments is None and not cap:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **further
         )
         return out
     if dropout or any(further.get(name) is not None for name in _UNKNOWN):
-        raise NotImplementedError("attention with a soft cap, sinks or dropout")
-    groups = query.shape[1] // key.shape[1]
-    if not _takes_groups(query, key, value):
+        raise NotImplementedError("attention with sinks or dropout")
+    if cap or not _takes_groups(query, key, value):
+        groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    attention = partial(
-        scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if segments is None:
+        dense = capped_attention(query, key, value, scale=scale, cap=cap, mask=attention_mask)
+        return dense.transpose(1, 2), None
+    attention = partial(_seen_behind, scale=scale, cap=cap)
     parts: list[Tensor] = []
     start = 0
     for shared, branches in segments:
         end = start + shared + branches[0]
         here = slice(start, end)
-        parts.append(
-            attention(query[:, :, here], key[:, :, here], value[:, :, here], is_causal=True)
-        )
+        parts.append(attention(query[:, :, here], key[:, :, here], value[:, :, here]))
         trunk = slice(start, start + shared)
         for length in branches[1:]:
             own = slice(end, end + length)
             if length:
-                parts.append(_branch(attention, query, key, value, trunk, own))
+                keys, values = (
+                    torch.cat([both[:, :, trunk], both[:, :, own]], dim=2) for both in (key, value)
+                )
+                parts.append(attention(query[:, :, own], keys, values))
             end += length
         start = end
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _seen_behind(query: Tensor, key: Tensor, value: Tensor, *, scale: float, cap: float) -> Tensor:
+    """Return the attention of queries on what stands up to their place; the last one's is the last key's."""
+    length, whole = query.shape[2], key.shape[2]
+    if cap:
+        return capped_attention(query, key, value, scale=scale, cap=cap)
+    how: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if length == whole:
+        how["is_causal"] = True
+    elif query.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right
+
+        how["attn_mask"] = causal_lower_right(length, whole)  # for the flash kernel: no tensor
+    else:
+        seen = torch.ones(length, whole, dtype=torch.bool, device=query.device)
+        how["attn_mask"] = seen.tril(whole - length)
+    return scaled_dot_product_attention(query, key, value, **how)
 
 
 def _takes_groups(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -85,26 +109,6 @@ def _takes_groups(query: Tensor, key: Tensor, value: Tensor) -> bool:
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, True))
-
-
-def _branch(
-    attention: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    trunk: slice,
-    own: slice,
-) -> Tensor:
-    keys = torch.cat([key[:, :, trunk], key[:, :, own]], dim=2)
-    values = torch.cat([value[:, :, trunk], value[:, :, own]], dim=2)
-    length, whole = own.stop - own.start, keys.shape[2]
-    if query.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right
-
-        mask: Any = causal_lower_right(length, whole)  # dispatched to the flash kernel, no tensor
-    else:
-        mask = torch.ones(length, whole, dtype=torch.bool, device=query.device).tril(whole - length)
-    return attention(query[:, :, own], keys, values, attn_mask=mask)
 
 
 AttentionInterface.register(NAME, flat_attention)
