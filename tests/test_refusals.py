@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -121,6 +123,15 @@ def test_a_model_whose_positions_begin_elsewhere_than_at_0_is_refused() -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     with pytest.raises(ModelError, match="others beside a longer row than alone"):
         check_head(model)
+
+
+def test_what_peft_refuses_of_a_mamba_model_can_be_left_out_by_name() -> None:
+    config = FalconMambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = FalconMambaForCausalLM(config)
+    with pytest.raises(ModelError, match=r"out_proj.*lora\.exclude leaves modules out"):
+        load_policy(model, lora=LoraConfig(rank=2), quantisation="none")
+    lora = LoraConfig(rank=2, exclude=["out_proj"])
+    check_head(load_policy(FalconMambaForCausalLM(config), lora=lora, quantisation="none"))
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])

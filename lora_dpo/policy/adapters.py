@@ -96,7 +96,9 @@ def load_policy(
         with _peft_without_its_own_warnings():
             policy = peft.get_peft_model(model, lora, adapter_name=ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, re.error) as error:
-        raise ModelError(f"lora: {' '.join(str(error).split())[:400]}") from None
+        said = " ".join(str(error).split())[:400]
+        ours = " (target_modules is lora.targets here; lora.exclude leaves modules out)"
+        raise ModelError(f"lora: {said}{ours if 'target_modules' in said else ''}") from None
     refuse_unmatched(policy, lora)
     return prepare_policy(policy)
 
