@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,16 +67,17 @@ def check_head(model: nn.Module) -> None:
             be wrong.
     """
     causal = causal_lm(model)
-    embeddings = causal.get_input_embeddings()
-    count = min(8, embeddings.num_embeddings - 1)
-    ids = torch.arange(count, device=home_device(model))[None]
+    padding = getattr(causal.config.get_text_config(), "pad_token_id", None) or 0
+    known = range(min(10, causal.get_input_embeddings().num_embeddings))
+    *tokens, other = [token for token in known if token != padding][:9]
+    ids = torch.tensor([tokens], device=home_device(model))
     was_training = model.training
     model.eval()
     with torch.no_grad(), compute_context(model):
         ours, dense = _logits_by_own_head(model, ids), _dense_logits(model, ids)
-        ids[0, -1] += 1
+        ids[0, -1] = other
         ahead = _dense_logits(model, ids)
-        beside = _padded_logits(model, ids)
+        beside = _padded_logits(model, ids, padding)
     model.train(was_training)
     if bool(dense.isnan().any()):
         raise ModelError(
@@ -90,17 +90,22 @@ def check_head(model: nn.Module) -> None:
             f"{type(causal).__name__}: its logits are not head(hidden) with a known scale or soft cap "
             f"(they differ by {(ours - dense).abs().max():.3g}); this model is not supported."
         )
+    # in one shape of a batch nothing but what is behind differs; in another the kernels may too
     exact = not torch.is_autocast_enabled() and base_dtype(model) == torch.float32
-    close = partial(torch.allclose, rtol=0, atol=(1e-5 if exact else 1e-2) * scale)
-    if not close(ahead[:, :-1], dense[:, :-1]):
+    bound = 1e-5 if exact else 1e-2
+    beside_bound = 10 * max(bound, 1e-3)
+    if any(type(weight).__name__ == "Int8Params" for weight in causal.parameters()):
+        bound = beside_bound = 0.1  # all tokens choose together which columns are not rounded
+    if not torch.allclose(ahead[:, :-1], dense[:, :-1], rtol=0, atol=bound * scale):
         raise ModelError(
             f"{type(causal).__name__}: a token changes the logits before it, so this is no causal model."
         )
-    if not close(beside, dense[:, : beside.shape[1]]):
+    alone = dense[:, : beside.shape[1]]
+    if not torch.allclose(beside, alone, rtol=0, atol=beside_bound * scale):
         raise ModelError(
-            f"{type(causal).__name__}: the logits of a row are others beside a longer row than alone, so "
-            "padding reaches them, or its positions do not count from 0 (RoBERTa's do not); this model is "
-            "not supported."
+            f"{type(causal).__name__}: the logits of a row are others beside a longer row than alone (by "
+            f"{(beside - alone).abs().max():.3g} of {scale:.3g}), so padding reaches them, or its positions "
+            "do not count from 0 (RoBERTa's do not); this model is not supported."
         )
 
 
@@ -123,14 +128,17 @@ def _dense_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-def _padded_logits(model: nn.Module, ids: Tensor) -> Tensor:
+def _padded_logits(model: nn.Module, ids: Tensor, padding: int) -> Tensor:
     """Return the logits of the first half of a row, which runs padded beside the whole of it."""
     half = max(1, ids.shape[1] // 2)
     mask = torch.ones_like(ids).repeat(2, 1)
     mask[1, half:] = 0
     positions = counted_positions(causal_lm(model), mask)
     logits: Tensor = model(
-        input_ids=ids * mask, attention_mask=mask, use_cache=False, **positions
+        input_ids=ids.where(mask.bool(), padding),
+        attention_mask=mask,
+        use_cache=False,
+        **positions,
     ).logits
     return logits[1:, :half].float()
 

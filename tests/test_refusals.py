@@ -115,10 +115,12 @@ def test_a_model_whose_tokens_look_ahead_is_refused() -> None:
         check_head(model)
 
 
-def test_a_model_whose_positions_begin_elsewhere_than_at_0_is_refused() -> None:
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_model_whose_positions_begin_elsewhere_than_at_0_is_refused(pad: int) -> None:
     """RoBERTa counts from behind the number of its pad token, and takes those it is given as they are."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = RobertaForCausalLM(RobertaConfig(**sizes, intermediate_size=64, is_decoder=True)).eval()
+    config = RobertaConfig(**sizes, intermediate_size=64, is_decoder=True, pad_token_id=pad)
+    model = RobertaForCausalLM(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     with pytest.raises(ModelError, match="others beside a longer row than alone"):
