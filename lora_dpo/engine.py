@@ -177,7 +177,7 @@ def _take(model: nn.Module, way: _Way) -> Taken | None:
     if way.flat:
         config._attn_implementation = NAME
     elif config._attn_implementation == NAME:
-        config._attn_implementation = _without_segments(config)
+        config._attn_implementation = _without_segments(causal)
     if not way.layers:
         release(causal)
         return None
@@ -206,27 +206,32 @@ def obstacle(model: nn.Module, longest: int) -> str:
     causal = causal_lm(model)
     text = causal.config.get_text_config()
     attention = str(causal.config._attn_implementation)
-    if attention not in (_without_segments(text), NAME):
-        return f"attention is {attention!r}, the flat layout needs {_without_segments(text)}"
+    if attention not in (_without_segments(causal), NAME):
+        return f"attention is {attention!r}, the flat layout needs {_without_segments(causal)}"
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "it takes no position_ids"
-    others = sorted({*(getattr(text, "layer_types", None) or ())} - _ATTENTION)
-    if others:
-        return f"its layers are not of attention alone ({', '.join(others)})"
     window = _window(text)
     if window and longest > window:
         return f"its sliding window of {window} is shorter than the longest row of {longest}"
-    return ""
+    return other_layers(text)
 
 
-# Others carry a state from one token to the next, so from one row to the next, or pick what they see.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
-def _without_segments(config: Any) -> str:
-    """Return the attention of the library's whose place ours takes: sdpa does not cap scores (Gemma 2)."""
-    text = config.get_text_config()
-    return "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+def other_layers(text: Any) -> str:
+    """Say which of a config's layers carry a state from token to token, or pick what they see; or nothing.
+
+    Laid end to end, one row would reach the next through them.
+    """
+    others = sorted({*(getattr(text, "layer_types", None) or ())} - _ATTENTION)
+    return f"its layers are not of attention alone ({', '.join(others)})" if others else ""
+
+
+def _without_segments(causal: Any) -> str:
+    """Return the attention of the library's whose place ours takes: sdpa, if it does what a model asks for."""
+    lacks = causal._supports_attention_backend and not causal._supports_sdpa  # Gemma 2
+    return "eager" if lacks else "sdpa"
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,7 @@ class _Proof:
         causal = causal_lm(self.model)
         before, work = causal.config._attn_implementation, work_of(causal)
         if before == NAME:
-            causal.config._attn_implementation = _without_segments(causal.config)
+            causal.config._attn_implementation = _without_segments(causal)
         try:
             with nullcontext() if work is None else work.turned(off=True):
                 return self._measured(bounds, flat=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -36,9 +37,9 @@ def _formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("block", [1, 18 * 7, 2**23])
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (3, 7), (1, 5), (4, 4)])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", ["where it is True", "by what is added", ""])
 def test_values_and_gradients_are_those_of_the_formula(
-    masked: bool, queries: int, keys: int, block: int, monkeypatch: pytest.MonkeyPatch
+    masked: str, queries: int, keys: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capped, "_SCORES", block)
     values = _drawn(queries, keys)
@@ -47,7 +48,8 @@ def test_values_and_gradients_are_those_of_the_formula(
     if masked:
         mask = mask & (torch.rand(2, 1, queries, keys) < 0.7)
         mask[..., 0] = True
-        given["mask"] = mask
+        added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+        given["mask"] = added if "added" in masked else mask
     found, expected = capped_attention(*values, **given), _formula(*values, mask)
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
@@ -67,6 +69,28 @@ def test_a_query_that_sees_nothing_gives_numbers() -> None:
     out.sum().backward()
     assert all(bool(value.grad.isfinite().all()) for value in values if value.grad is not None)
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_add_no_rounding_in_16_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over 64 blocks are rounded twice, once in each block and at their end; those of one are once."""
+    torch.manual_seed(0)
+    values = [torch.randn(1, 2, 512, 16).to(dtype).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(1, 2, 512, 16).to(dtype)
+    exact = [value.detach().double().requires_grad_() for value in values]
+    out = _formula(*exact, torch.ones(512, 512, dtype=torch.bool).tril())
+    expected = torch.autograd.grad(out, exact, upstream.double())
+    away = {}
+    for block in (2**23, 2 * 512 * 8):
+        monkeypatch.setattr(capped, "_SCORES", block)
+        out = capped_attention(*values, scale=SCALE, cap=CAP)
+        found = torch.autograd.grad(out, values, upstream)
+        errors = [f.double() - e for f, e in zip(found, expected, strict=True)]
+        away[block] = [float(e.norm() / x.norm()) for e, x in zip(errors, expected, strict=True)]
+    one, many = away.values()
+    assert all(ours < math.sqrt(2) * theirs for ours, theirs in zip(many, one, strict=True))
 
 
 class _Most(TorchDispatchMode):
@@ -97,6 +121,7 @@ def test_gemma_2_runs_flat_and_padded_as_the_library_runs_each_sequence() -> Non
     expected = _one_at_a_time(gemma, ROWS)
     gradient = _gradient(gemma, expected)
     ids = torch.tensor([[5, 6, 7, 8]])
+    # 24 tokens, beyond the window of every other layer
     said = gemma.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
     choose_engine(gemma, ROWS, 9, "fast", chunk=64)
     assert is_flat(gemma)
@@ -106,8 +131,9 @@ def test_gemma_2_runs_flat_and_padded_as_the_library_runs_each_sequence() -> Non
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
         away = (_gradient(gemma, found) - gradient).norm() / gradient.norm()
         assert float(away) < 1e-5
-    # 24 tokens: beyond the window of every other layer
-    assert torch.equal(gemma.generate(input_ids=ids, max_new_tokens=20, do_sample=False), said)
+    for how in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        again = gemma.generate(input_ids=ids, max_new_tokens=20, do_sample=False, **how)
+        assert torch.equal(again, said)
     with pytest.raises(AssertionError):  # uncapped it is another model
         gemma.get_base_model().model.layers[0].self_attn.attn_logit_softcapping = 1e4
         torch.testing.assert_close(completion_logps(gemma, batch), expected, rtol=1e-5, atol=1e-4)

@@ -59,6 +59,11 @@ def flat_attention(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if segments is None:
+        length = query.shape[2]
+        if (
+            attention_mask is None and length > 1
+        ):  # as sdpa reads it: the first query sees the first key
+            key, value = key[:, :, :length], value[:, :, :length]
         dense = capped_attention(query, key, value, scale=scale, cap=cap, mask=attention_mask)
         return dense.transpose(1, 2), None
     attention = partial(_seen_behind, scale=scale, cap=cap)

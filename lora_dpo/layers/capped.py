@@ -31,8 +31,8 @@ def capped_attention(
         key, value: ``[rows, heads, keys, size]``; the last query stands where the last key does.
         scale: of the products.
         cap: what a score approaches at most.
-        mask: True where a key is seen, ``[rows, 1, queries, keys]``; each query sees what stands up to
-            its own place if it is left out.
+        mask: True where a key is seen, or what is added to the scores, ``[rows, 1, queries, keys]``; each
+            query sees what stands up to its own place if it is left out.
     """
     out: Tensor = _Capped.apply(query, key, value, mask, scale, cap)  # type: ignore[no-untyped-call]
     return out
@@ -54,7 +54,9 @@ class _Capped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         q, k, v = ctx.saved_tensors
-        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        of_q = torch.empty_like(q)
+        # sums over all blocks, which 16 bits would round as often
+        of_k, of_v = (torch.zeros_like(x, dtype=_precise(x)) for x in (k, v))
         for here, seen in _blocks(q, k, ctx.mask):
             weights, bent = _weights(ctx, q, k, here, seen)
             g = upstream[..., here, :]
@@ -66,7 +68,11 @@ class _Capped(torch.autograd.Function):
             of_products = of_scores.to(q.dtype)
             of_q[..., here, :] = of_products @ k[..., seen, :]
             of_k[..., seen, :] += of_products.mT @ q[..., here, :]
-        return of_q, of_k, of_v, None, None, None
+        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None, None
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
@@ -81,10 +87,12 @@ def _blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, 
 def _weights(ctx: Any, q: Tensor, k: Tensor, here: slice, seen: slice) -> tuple[Tensor, Tensor]:
     """Return what queries weigh each value with, and their scores over the cap, in float32 at least."""
     products = q[..., here, :] @ k[..., seen, :].mT
-    products = products.to(torch.promote_types(products.dtype, torch.float32))
-    bent = products.mul_(ctx.scale / ctx.cap).tanh_()
+    bent = products.to(_precise(products)).mul_(ctx.scale / ctx.cap).tanh_()
     if ctx.mask is not None:
-        hidden = ~ctx.mask[..., here, seen]
+        mask = ctx.mask[..., here, seen]
+        if mask.dtype != torch.bool:
+            return (bent * ctx.cap).add_(mask).softmax(-1), bent
+        hidden = ~mask
     else:
         count = here.stop - here.start
         hidden = torch.ones(count, seen.stop, dtype=torch.bool, device=q.device)
