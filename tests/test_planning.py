@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 import lora_dpo
@@ -25,6 +32,7 @@ from lora_dpo.planning import (
     Batches,
     Lengths,
     Setting,
+    asking,
     card_of,
     compact_rows,
     largest_micro_batch,
@@ -179,6 +187,41 @@ def test_two_depths_give_the_bytes_of_any_depth_and_any_share_of_recomputed_laye
         (ours - theirs).sum().backward()
 
     for recomputed in (5, 3, 1, 0):
+        recompute_layers(policy, recomputed)
+        step()
+        policy.zero_grad(set_to_none=True)
+        assert found.activations(recomputed) == pytest.approx(peak_allocated(step), rel=0.1)
+
+
+@pytest.mark.parametrize("attends", [[0, 3], [0, 2]])  # in no order, and every second one
+def test_layers_of_several_kinds_are_all_planned_and_not_as_those_that_come_first(
+    attends: list[int],
+) -> None:
+    """Convolutions beside attention (LFM2), which carry a state: rows are padded, whichever is first."""
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    architecture = Lfm2Config(**sizes, **heads, full_attn_idxs=attends)
+    setting = Setting(architecture, peft_config(LORA), dtype=torch.float32, chunk=64)
+    setting, why = asking._as_the_engine_would(setting, "auto", 640)
+    assert not setting.flat and setting.fast and "attention alone (conv)" in why
+    found = measure(setting, ROWS, accumulates=False)
+    torch.manual_seed(0)
+    policy = load_policy(Lfm2ForCausalLM(architecture), lora=LORA, quantisation="none").train()
+    line = choose_engine(policy, ROWS[:2], 640, "auto", chunk=64)
+    assert "attention alone (conv)" in line and not line.warns
+    batch = lay_out(ROWS, flat=False)
+
+    def step() -> None:
+        policy.zero_grad(set_to_none=True)
+        ours, theirs = both_logps(policy, batch, chunk=64)
+        (ours - theirs).sum().backward()
+
+    for recomputed in (4, 0):
         recompute_layers(policy, recomputed)
         step()
         policy.zero_grad(set_to_none=True)

@@ -15,15 +15,15 @@ from torch import nn
 
 from lora_dpo.arguments import build_arguments
 from lora_dpo.config import Config
-from lora_dpo.engine import is_flat, obstacle
+from lora_dpo.engine import is_flat, obstacle, other_layers
 from lora_dpo.errors import LoraDpoError, ModelError
 from lora_dpo.guards import check_context
 from lora_dpo.heads import base_dtype, causal_lm, home_device
 from lora_dpo.layers import take, work_of
 from lora_dpo.planning.cards import GIB, RESERVED, Card, card_of, this_card
-from lora_dpo.planning.imagined import imagined_policy, imagining
+from lora_dpo.planning.imagined import imagined_policy, imagining, of_depth
 from lora_dpo.planning.lengths import compact_rows
-from lora_dpo.planning.measuring import Setting, of_depth
+from lora_dpo.planning.measuring import Setting
 from lora_dpo.planning.plans import Plan, make_plan
 from lora_dpo.policy import (
     REFERENCE,
@@ -278,7 +278,8 @@ def _as_the_engine_would(setting: Setting, engine: str, longest: int) -> tuple[S
             quantisation=setting.quantisation,
             double=setting.double,
         )
-        reason = obstacle(policy, longest)
+        # of one layer, and what the others are
+        reason = obstacle(policy, longest) or other_layers(setting.architecture.get_text_config())
         # a norm behind the MLP reads what it returns
         read = any("post_feedforward" in name for name, _ in policy.named_modules())
         taken = take(policy)

@@ -6,7 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import peft
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, masking_utils
 
+from lora_dpo.engine import other_layers
 from lora_dpo.layers import Work, attention
 
 
@@ -159,6 +161,19 @@ def imagining() -> Iterator[FakeTensorMode]:
         yield mode
 
 
+class _AsToPadding(TorchFunctionMode):
+    """Answers what the library asks of values: whether a mask marks no padding. Imagined ones have none."""
+
+    def __init__(self, *, no_padding: bool) -> None:
+        super().__init__()
+        self.no_padding = no_padding
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__:
+            return self.no_padding
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def masks_as_of(*, no_padding: bool) -> Iterator[None]:
     """Let the library leave a mask out where it would see that no token is padding.
@@ -167,14 +182,15 @@ def masks_as_of(*, no_padding: bool) -> Iterator[None]:
     """
     name = "_ignore_causal_mask_sdpa"
     original = getattr(masking_utils, name, None)
-    if not no_padding or original is None:  # another version: the plan counts the mask
-        yield
-        return
-    setattr(masking_utils, name, lambda padding, *args, **kw: original(None, *args, **kw))
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, original)
+    with _AsToPadding(no_padding=no_padding):
+        if not no_padding or original is None:  # another version: the plan counts the mask
+            yield
+            return
+        setattr(masking_utils, name, lambda padding, *args, **kw: original(None, *args, **kw))
+        try:
+            yield
+        finally:
+            setattr(masking_utils, name, original)
 
 
 @contextmanager
@@ -193,3 +209,27 @@ def use_stand_ins(work: Work | None) -> None:
     """Let the fast layers of an imagined policy make its weights plain."""
     if work is not None:
         work.make_plain = plain_stand_in
+
+
+def depths_of(architecture: Any) -> tuple[int, int]:
+    """Return two depths between which bytes grow as they do in the whole: layers can be of several kinds."""
+    text = architecture.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if len({*kinds}) < 2 or not other_layers(text):  # attention costs as much with a window
+        return 2, 3
+    half = len(kinds) // 2
+    periods = (p for p in range(2, half + 1) if kinds[p:] == kinds[:-p])
+    period = next(periods, None)
+    return (period, 2 * period) if period else (half, len(kinds))
+
+
+def of_depth(architecture: Any, depth: int) -> Any:
+    """Return a copy of a model's config with so many layers."""
+    config = copy.deepcopy(architecture)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        with suppress(AttributeError):  # where they follow from the number (Bamba)
+            text.layer_types = text.layer_types[:depth]
+    config.use_cache = False
+    return config

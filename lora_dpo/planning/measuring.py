@@ -6,7 +6,6 @@ of layers, so two depths give all of them; no weight is needed, only the archite
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -24,16 +23,17 @@ from lora_dpo.layers import NAME, take, work_of
 from lora_dpo.planning.imagined import (
     Ledger,
     Linear4bit,
+    depths_of,
     imagined_policy,
     imagining,
     keys_as_of,
     masks_as_of,
+    of_depth,
     use_stand_ins,
 )
 from lora_dpo.planning.operations import weights_at_work
 
 Row = Mapping[str, Any]
-DEPTHS = (2, 3)
 GATHERED = 3  # layers whose dealt out weights are there at one time: that which runs, and the next on its way
 
 
@@ -250,13 +250,13 @@ def measure(
             are there while the last one runs.
         recomputes: measure but one way, in half of the time: what is said of the other is not right.
     """
-    small, large = DEPTHS
+    small, large = depths = depths_of(setting.architecture)
     asked = _Asked(_told(setting, rows), setting, rows)
     ways = (True, False) if recomputes is None else (recomputes, recomputes)
-    again, once = ({d: _run_once(asked, d, recomputes=way) for d in DEPTHS} for way in ways)
+    again, once = ({d: _run_once(asked, d, recomputes=way) for d in depths} for way in ways)
 
     def slope(name: str, found: dict[int, Found]) -> int:
-        values = [getattr(found[depth], name) for depth in DEPTHS]
+        values = [getattr(found[depth], name) for depth in depths]
         return int((values[1] - values[0]) // (large - small))
 
     def at_depth(name: str) -> int:
@@ -397,14 +397,3 @@ def _bytes(module: nn.Module) -> int:
     """Return the bytes that do not move; a copy that is trained (modules_to_save) is an adapter."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
-
-
-def of_depth(architecture: Any, depth: int) -> Any:
-    """Return a copy of a model's config with so many layers."""
-    config = copy.deepcopy(architecture)
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
-    config.use_cache = False
-    return config
