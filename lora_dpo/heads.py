@@ -67,9 +67,10 @@ def check_head(model: nn.Module) -> None:
             be wrong.
     """
     causal = causal_lm(model)
-    padding = getattr(causal.config.get_text_config(), "pad_token_id", None) or 0
-    known = range(min(10, causal.get_input_embeddings().num_embeddings))
-    *tokens, other = [token for token in known if token != padding][:9]
+    vocabulary = range(causal.get_input_embeddings().num_embeddings)
+    named: Any = getattr(causal.config.get_text_config(), "pad_token_id", None)
+    padding = int(named) if named in vocabulary else 0  # old configs name -1, or one too many
+    *tokens, other = [token for token in vocabulary[:10] if token != padding][:9]
     ids = torch.tensor([tokens], device=home_device(model))
     was_training = model.training
     model.eval()

@@ -192,6 +192,17 @@ def test_a_head_that_does_something_unknown_is_refused(masks: bool) -> None:
         check_head(model)
 
 
+@pytest.mark.parametrize("pad", [-1, 96, None])
+def test_a_pad_token_that_the_vocabulary_has_not_is_no_reason_to_refuse_a_model(pad: Any) -> None:
+    config = PhiConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = PhiForCausalLM(config)
+    model.config.pad_token_id = pad
+    check_head(model)
+
+
 def test_a_model_in_8_bits_is_causal_though_tokens_round_each_other(shared: Path) -> None:
     """Which columns keep 16 bits is chosen by all tokens: 1.3 % of the largest logit here."""
     model = shared / "models" / "TinyStories-656K"
