@@ -14,6 +14,7 @@ from lora_dpo.config import LoraConfig
 from lora_dpo.engine import choose_engine, largest_difference, lay_out, recompute_layers
 from lora_dpo.forward import both_logps
 from lora_dpo.layers import attention, norm
+from lora_dpo.layers.capped import capped_attention
 from lora_dpo.planning import Setting, measure
 from lora_dpo.policy import load_policy, peft_config
 from lora_dpo.reference_cache import known_reference
@@ -124,6 +125,20 @@ def test_heads_share_keys_where_a_kernel_can_and_are_copied_elsewhere(
     # 700 summed log-probs, each of 16-bit arithmetic
     torch.testing.assert_close(found, expected, rtol=0.01, atol=1.0)
     assert largest_difference(gradients, others) < 0.05
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (100, 300)])
+def test_capped_attention_equals_the_cpus(queries: int, keys: int) -> None:
+    torch.manual_seed(0)
+    here = [torch.randn(1, 4, n, 32, requires_grad=True) for n in (queries, keys, keys)]
+    there = [value.detach().to(CARD).requires_grad_() for value in here]
+    upstream = torch.randn(1, 4, queries, 32)
+    results = []
+    for values, of_out in ((here, upstream), (there, upstream.to(CARD))):
+        out = capped_attention(*values, scale=0.2, cap=1.5)
+        results.append([out, *torch.autograd.grad(out, values, of_out)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
